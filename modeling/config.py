@@ -1,0 +1,288 @@
+"""The configuration's schema: every key of `params.yaml`, its type, range and meaning. Imports no torch.
+
+`parse` is the one place that knows OmegaConf: what leaves it is frozen and valid.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SchemaType = TypeVar("SchemaType", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, one line for each error."""
+
+
+def _multiple_of_8(value: int) -> int:
+    if value % 8:
+        raise ValueError("must be a multiple of 8")
+    return value
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+HiddenSize = Annotated[int, Field(gt=0), AfterValidator(_multiple_of_8)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def _require(self, choice: str, needed: tuple[str, ...], excluded: tuple[str, ...]) -> None:
+        """Keys that the chosen alternative needs must have a value, those that it does not have must be null."""
+        for key in needed:
+            if getattr(self, key) is None:
+                raise ValueError(f"{key} needs a value with {choice}")
+        for key in excluded:
+            if (value := getattr(self, key)) is not None:
+                raise ValueError(f"{key} must be null with {choice}, got {value}")
+
+
+class Dataset(Section):
+    name: Literal["cifar10", "shapes"]
+    root: Text  # the prepared data lies in <root>/<name>/
+    archive: Text | None  # cifar10: where the archive lies, and where it is downloaded to
+    urls: list[Text] | None  # cifar10: addresses of the archive, tried in turn
+    num_images: PositiveInt | None  # training images; null: all of the archive, or 20,000 shapes
+    seed: Annotated[int, Field(ge=0)] | None  # shapes: which ones are drawn
+
+    @model_validator(mode="after")
+    def _fits_name(self) -> Self:
+        of_archive, of_generator = ("archive", "urls"), ("seed",)
+        if self.name == "cifar10":
+            self._require("dataset.name=cifar10", of_archive, of_generator)
+            if self.num_images is not None and self.num_images > 50_000:
+                raise ValueError(f"num_images must be at most 50000 with dataset.name=cifar10, got {self.num_images}")
+        else:
+            self._require("dataset.name=shapes", of_generator, of_archive)
+        return self
+
+
+class Model(Section):
+    name: Literal["unet", "ddpm"]  # the assignment's, the paper's
+    hidden_size: HiddenSize  # base width
+    multipliers: list[PositiveInt] | None  # ddpm: width of each level in units of hidden_size
+    num_blocks: PositiveInt | None  # ddpm: residual blocks a level
+    attention_resolutions: list[PositiveInt] | None  # ddpm: heights with attention; the middle always has it
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None  # ddpm
+
+    @model_validator(mode="after")
+    def _fits_name(self) -> Self:
+        of_ddpm = ("multipliers", "num_blocks", "attention_resolutions", "dropout")
+        if self.name == "unet":
+            self._require("model.name=unet", (), of_ddpm)
+            return self
+        self._require("model.name=ddpm", of_ddpm, ())
+        if not 1 <= len(self.multipliers) <= 6:
+            raise ValueError(f"multipliers must have 1 to 6 entries (32 = 2^5 pixels), got {self.multipliers}")
+        resolutions = [32 // 2**level for level in range(len(self.multipliers))]
+        if not set(self.attention_resolutions) <= set(resolutions):
+            raise ValueError(f"attention_resolutions must be among {resolutions}, got {self.attention_resolutions}")
+        return self
+
+
+class Diffusion(Section):
+    num_timesteps: PositiveInt  # T
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)]  # beta_1 and beta_T
+    schedule: Literal["linear"]
+
+    @model_validator(mode="after")
+    def _betas_rise(self) -> Self:
+        if not 0 < self.betas[0] < self.betas[1] < 1:
+            raise ValueError(f"betas must satisfy 0 < beta_1 < beta_T < 1, got {self.betas}")
+        return self
+
+
+class Optimizer(Section):
+    name: Literal["adam", "adamw", "sgd"]
+    lr: Annotated[float, Field(ge=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None  # sgd
+    weight_decay: Annotated[float, Field(ge=0)] | None  # adamw
+    lr_schedule: Literal["constant", "cosine"]  # cosine: down to 0 at the last step
+    warmup_steps: Annotated[int, Field(ge=0)]  # linear, from 0; cut to the run
+    max_grad_norm: Annotated[float, Field(gt=0)] | None  # null: no clipping
+
+    @model_validator(mode="after")
+    def _fits_name(self) -> Self:
+        needs = {"adam": (), "adamw": ("weight_decay",), "sgd": ("momentum",)}[self.name]
+        excluded = tuple(key for key in ("momentum", "weight_decay") if key not in needs)
+        self._require(f"optimizer.name={self.name}", needs, excluded)
+        return self
+
+
+class Train(Section):
+    num_epochs: PositiveInt
+    max_steps: PositiveInt | None  # training ends at the earlier of the two
+    batch_size: PositiveInt
+    random_flip: bool
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    log_every: PositiveInt  # steps
+    checkpoint_every: PositiveInt  # steps
+    sample_every: PositiveInt  # epochs
+    num_samples: PositiveInt  # images in a grid
+    sample_steps: PositiveInt  # network evaluations of a grid (cut to num_timesteps), eta = 1, x_0 clipped
+    num_eval_images: PositiveInt  # of each split, for the losses at the end (cut to what there is)
+
+
+class Runtime(Section):
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["auto", "fp32", "bf16"]
+    compile: bool
+    num_workers: Annotated[int, Field(ge=0, le=64)]
+    output_dir: Text | None  # the run's folder; null: runs/<readable name>-<hash>
+
+
+class Wandb(Section):
+    mode: Literal["offline", "online", "disabled"]
+    project: Text
+    name: Text | None  # null: the run folder's name
+
+
+class Config(Section):
+    """All of `params.yaml`."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    dataset: Dataset
+    model: Model
+    diffusion: Diffusion
+    optimizer: Optimizer
+    train: Train
+    runtime: Runtime
+    wandb: Wandb
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Self:
+        available = self.dataset.num_images or {"cifar10": 50_000, "shapes": 20_000}[self.dataset.name]
+        if self.train.batch_size > available:
+            raise ValueError(f"train.batch_size={self.train.batch_size} is larger than the data, {available} images")
+        return self
+
+
+class SampleConfig(Section):
+    """All of `conf/sample.yaml`."""
+
+    checkpoint: Text  # model.safetensors, or a full checkpoint (.pt)
+    out: Text  # the PNG to write
+    num_images: PositiveInt
+    batch_size: PositiveInt  # sampled at a time; the images do not depend on it
+    num_steps: PositiveInt | None  # network evaluations; null: every timestep
+    eta: Annotated[float, Field(ge=0)]  # 0: DDIM, 1: ancestral with the posterior variance
+    clip_x0: bool
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["auto", "fp32", "bf16"]
+    overwrite: bool
+
+
+def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in schema.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        keys += _known_keys(field.annotation, f"{prefix}{name}.") if is_section else [prefix + name]
+    return keys
+
+
+def _line(error: dict, schema: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, _known_keys(schema), n=1, cutoff=0)[0]
+        return f"{key}: unknown key; the nearest known one is {nearest}"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and isinstance(error["input"], (dict, BaseModel)):
+        return f"{key}: {message}" if key else message  # a check across keys names the values itself
+    return f"{key}={error['input']}: {message[0].lower()}{message[1:]}"
+
+
+def parse(values: DictConfig | dict, schema: type[SchemaType] = Config) -> SchemaType:
+    """Checks composed values against the schema.
+
+    Raises:
+        ConfigError: one line for each error, with the key, what was got and what was expected.
+    """
+    try:
+        if isinstance(values, DictConfig):
+            values = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
+        return schema.model_validate(values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_line(entry, schema) for entry in error.errors()))) from error
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved values, as `params.yaml` writes them."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
+
+
+# What cannot change a result, or where the length of the run does so only through the learning rate (see `run_name`).
+NO_EFFECT = {
+    "dataset": {"root", "archive", "urls"},
+    "optimizer": {"warmup_steps"},
+    "train": {"num_epochs", "max_steps"},
+    "runtime": {"num_workers", "output_dir"},
+    "wandb": True,
+}
+
+
+def run_name(config: Config, num_steps: int, data_sha256: str, code_sha256: str) -> str:
+    """`<dataset>-<model>-<hash>`: the same name exactly where the same training is meant.
+
+    The hash is over everything that can change the result of a step: configuration, data and code. The length of the
+    run is left out, so that a run can be made longer, except where the learning rate depends on it.
+    """
+    values = config.model_dump(exclude=NO_EFFECT)
+    optimizer = config.optimizer
+    values["warmup_steps"] = min(optimizer.warmup_steps, num_steps)
+    values["horizon"] = num_steps if optimizer.lr_schedule == "cosine" else None
+    values["data"], values["code"] = data_sha256, code_sha256
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return f"{config.dataset.name}-{config.model.name}{config.model.hidden_size}-{optimizer.name}-{digest[:10]}"
+
+
+def parse_stage(values: DictConfig) -> Config:
+    """`parse` for the scripts that are DVC stages: inside DVC they run on exactly what params.yaml says.
+
+    Raises:
+        ConfigError: also where DVC would record other values than the ones that run.
+    """
+    config = parse(values)
+    if "DVC_STAGE" in os.environ and config != parse(OmegaConf.load("params.yaml")):
+        raise ConfigError("inside a DVC stage the values must be those of params.yaml: use `dvc exp run -S key=value`")
+    return config
+
+
+def archive_path(dataset: Dataset) -> Path | None:
+    """Where the archive lies; in a temporary copy that DVC works in, that is still the original repository."""
+    if dataset.archive is None:
+        return None
+    return Path(os.environ.get("DVC_ROOT", ".")) / dataset.archive
+
+
+def read_manifest(dataset: Dataset) -> dict:
+    """The manifest of the prepared data.
+
+    Raises:
+        ConfigError: when the data is not prepared, or otherwise than configured; names the command to run.
+    """
+    wanted = {"name": dataset.name, "num_images": dataset.num_images, "seed": dataset.seed}
+    folder = Path(dataset.root) / dataset.name
+    command = f"python prepare_data.py dataset={dataset.name}"
+    for key in ("root", "archive", "num_images", "seed"):
+        if (value := getattr(dataset, key)) is not None:
+            command += f" dataset.{key}={value}"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no prepared data: run `{command}`") from None
+    if (found := manifest["dataset"]) != wanted:
+        raise ConfigError(f"{folder} was prepared with {found}, not with {wanted}: run `{command}`")
+    return manifest

@@ -1,0 +1,82 @@
+"""Prepared uint8 arrays to training batches, each a function of (seed, step)."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from modeling.seeding import Purpose, draw_integers, draw_permutation
+
+
+class Batches(Dataset):
+    """Training batches numbered by step: item k is the batch of step k, counted from 0 over the whole run.
+
+    Every epoch has its own order; the last images that do not fill a batch wait for another epoch. A batch depends on
+    the seed and the step alone, so any loader with any number of workers can start at any step.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        batch_size: images a batch, at most N.
+        seed: the run's seed.
+        random_flip: mirrors half of the images, left to right.
+
+    Raises:
+        ValueError: for a batch_size outside 1..N.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, random_flip: bool = False):
+        if not 1 <= batch_size <= len(images):
+            raise ValueError(f"train.batch_size must lie in 1..{len(images)} (the training images), got {batch_size}")
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.random_flip = random_flip
+        self.steps_per_epoch = len(images) // batch_size
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __getitem__(self, step: int) -> Tensor:
+        """(batch_size, C, H, W) uint8."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, draw_permutation(self.seed, epoch, len(self.images))
+        batch = self.images[self._order[position * self.batch_size : (position + 1) * self.batch_size]]
+        if self.random_flip:
+            is_flipped = draw_integers(self.seed, Purpose.FLIP, step, torch.arange(len(batch)), 2).bool()
+            batch = torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
+        return batch
+
+    def loader(self, steps: Sequence[int], num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+        """A loader of the batches of these steps, in this order."""
+        return DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def load_images(folder: str | Path, split: str, manifest: dict) -> Tensor:
+    """The images of a split, held in memory.
+
+    Args:
+        folder: where `prepare_data.py` wrote them.
+        split: "train" or "test".
+        manifest: the one that was written beside them.
+
+    Returns:
+        (N, 3, H, W) uint8.
+
+    Raises:
+        ValueError: for an array that is missing or not the one that was prepared.
+    """
+    path = Path(folder) / f"{split}.npy"
+    remedy = "run prepare_data.py again"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {remedy}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != manifest["files"][path.name]["sha256"]:
+        raise ValueError(f"{path} is not what was prepared (its SHA-256 is {digest}): {remedy}")
+    return torch.from_numpy(np.load(path, allow_pickle=False))

@@ -1,0 +1,37 @@
+"""Exponential moving average of the weights, which samples far better than the weights themselves."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """A float32 average of a module's parameters, with a warm-up so that it never lags early on.
+
+    After update k (from 0) the decay is min(decay, (1 + k) / (10 + k)): the average reaches back over a fixed share
+    of the run until that exceeds 1 / (1 - decay) steps.
+
+    Args:
+        module: what is averaged; copied, so that the average starts at its present weights.
+        decay: in [0, 1).
+
+    Raises:
+        ValueError: for a decay outside [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {decay}")
+        self.decay = decay
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+
+    def decay_at(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Moves the average towards the module's weights, after training step `step` (from 0)."""
+        ours, theirs = dict(self.module.named_parameters()), dict(module.named_parameters())
+        assert ours.keys() == theirs.keys()
+        torch._foreach_lerp_(list(ours.values()), list(theirs.values()), 1 - self.decay_at(step))

@@ -1,0 +1,139 @@
+"""Prepares a data set: `train.npy`, `test.npy` (uint8, (N, 3, 32, 32)) and a manifest in one folder, all or nothing.
+
+Separate from `modeling.data`, so that a change of how batches are made does not prepare the data again.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from modeling.cifar10 import PreparationError, load_cifar10
+from modeling.progress import progress_bar
+from modeling.shapes import draw_shapes
+
+NUM_SHAPES, NUM_TEST_SHAPES = 20_000, 2_000
+SOURCES = {  # where the images come from, not from which disk: the manifest is the same on every machine
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html, python version, each file verified by its SHA-256",
+    "shapes": "drawn by modeling/shapes.py",
+}
+_TEST_SHAPES_START = 1 << 30  # shapes far behind any training image of the same seed
+
+
+def _draw_shapes(seed: int, first: int, count: int, desc: str) -> np.ndarray:
+    chunk = 250
+    starts = range(first, first + count, chunk)
+    chunks = [draw_shapes(seed, at, min(chunk, first + count - at)) for at in progress_bar(starts, desc=desc)]
+    return np.concatenate(chunks)
+
+
+def _load(name: str, archive: Path | None, urls: Sequence[str] | None, num_images: int | None, seed: int | None):
+    if name == "shapes":
+        train = _draw_shapes(seed, 0, num_images or NUM_SHAPES, "drawing training images")
+        test = _draw_shapes(seed, _TEST_SHAPES_START, NUM_TEST_SHAPES, "drawing test images")
+        return train, test
+    train, test = load_cifar10(archive, urls)
+    if num_images is not None and num_images > len(train):
+        raise PreparationError(f"dataset.num_images must be at most {len(train)} for {name}, got {num_images}")
+    return train[:num_images], test
+
+
+def _npy_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _is_valid(folder: Path, wanted: dict) -> bool:
+    """Whether the folder holds what is wanted, every byte of it."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, entry in manifest["files"].items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    return False
+    except (OSError, ValueError, KeyError):
+        return False
+    return manifest["dataset"] == wanted and set(manifest["files"]) == {"train.npy", "test.npy"}
+
+
+def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Puts a folder with these files in the place of `folder`; until the last moment the old one stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        temporary.chmod(0o755)
+        for name, content in files.items():
+            with (temporary / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def prepare(
+    name: str,
+    folder: Path,
+    *,
+    archive: Path | None = None,
+    urls: Sequence[str] | None = None,
+    num_images: int | None = None,
+    seed: int | None = None,
+) -> tuple[dict, bool]:
+    """Prepares a data set in `folder`, or verifies that it is there already.
+
+    Args:
+        name: "cifar10" or "shapes".
+        folder: gets train.npy, test.npy and manifest.json; what it held before is replaced as a whole.
+        archive: of cifar10; downloaded there when it is missing.
+        urls: of cifar10's archive, tried in turn.
+        num_images: training images; None for all of the archive, or 20,000 shapes.
+        seed: of shapes.
+
+    Returns:
+        The manifest, and whether anything was written.
+
+    Raises:
+        PreparationError: when the data cannot be had or stored, with the remedy; what was there before stays.
+    """
+    wanted = {"name": name, "num_images": num_images, "seed": seed}
+    if _is_valid(folder, wanted):
+        return json.loads((folder / "manifest.json").read_text()), False
+    try:
+        train, test = _load(name, archive, urls, num_images, seed)
+        arrays = {"train.npy": train, "test.npy": test}
+        files = {file: _npy_bytes(array) for file, array in arrays.items()}
+        manifest = {
+            "dataset": wanted,
+            "source": SOURCES[name],
+            "files": {
+                file: {
+                    "sha256": hashlib.sha256(files[file]).hexdigest(),
+                    "count": len(array),
+                    "shape": list(array.shape),
+                    "dtype": str(array.dtype),
+                }
+                for file, array in arrays.items()
+            },
+        }
+        files["manifest.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
+        _replace_folder(folder, files)
+    except OSError as error:
+        place = error.filename or folder
+        raise PreparationError(
+            f"{place}: {error.strerror or error}: free some space or change its permissions, "
+            "or set dataset.root (prepared data) or dataset.archive (the archive) to another place"
+        ) from error
+    return manifest, True

@@ -1,0 +1,114 @@
+"""Every random number of a run, as a function of (seed, purpose, step, index in the global batch).
+
+There is no generator whose state could be lost: a number is the hash of its address (SplitMix64's finaliser, Steele
+et al. 2014, on 64-bit integers). So a run resumes from its step number alone, and neither the number of workers nor
+how a batch is split changes a single draw. The integers are the same on every device; normals agree to rounding.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive counters over all 64 bits
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+class Purpose(IntEnum):
+    """What a number is drawn for: one independent stream each."""
+
+    WEIGHTS = 0
+    ORDER = 1
+    FLIP = 2
+    TIMESTEP = 3
+    NOISE = 4
+    DROPOUT = 5
+    SAMPLE = 6
+    EVALUATION = 7
+
+
+def _signed(value: int) -> int:
+    """The two's complement reading of the low 64 bits, which is what an int64 tensor holds."""
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift (`>>` on int64 is arithmetic)."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of 64-bit integers; int64 products wrap around, as they must."""
+    z = (z ^ _shift(z, 30)) * _signed(_MULTIPLIERS[0])
+    z = (z ^ _shift(z, 27)) * _signed(_MULTIPLIERS[1])
+    return z ^ _shift(z, 31)
+
+
+def derive_seed(seed: int, purpose: Purpose, step: int = 0, index: int = 0) -> int:
+    """A 64-bit seed for (seed, purpose, step, index), for a generator that is not ours (weights, dropout)."""
+    state = 0
+    for word in (seed, int(purpose), step, index):
+        state = (state ^ word) + _GOLDEN & _MASK
+        state = (state ^ state >> 30) * _MULTIPLIERS[0] & _MASK
+        state = (state ^ state >> 27) * _MULTIPLIERS[1] & _MASK
+        state ^= state >> 31
+    return state
+
+
+def draw_bits(seed: int, purpose: Purpose, step: int, indices: Tensor, num_words: int) -> Tensor:
+    """Random 64-bit words, one row for each index.
+
+    Args:
+        indices: (B,) int64, positions in the global batch (or image numbers); the device of the result is theirs.
+        num_words: words a row.
+
+    Returns:
+        (B, num_words) int64, uniform over all 64 bits.
+    """
+    key = _signed(derive_seed(seed, purpose, step))
+    columns = _mix(torch.arange(1, num_words + 1, device=indices.device) * _signed(_GOLDEN))
+    rows = _mix(key + (indices + 1) * _signed(_GOLDEN))
+    return _mix(rows[:, None] ^ columns)
+
+
+def draw_integers(seed: int, purpose: Purpose, step: int, indices: Tensor, high: int) -> Tensor:
+    """(B,) int64, uniform in 0..high-1 (high at most 2^31; the bias is below high / 2^32)."""
+    word = _shift(draw_bits(seed, purpose, step, indices, 1)[:, 0], 32)
+    return (word * high) >> 32
+
+
+def draw_normal(seed: int, purpose: Purpose, step: int, indices: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 numbers by the Box-Muller transform.
+
+    Args:
+        indices: (B,) int64, positions in the global batch (or image numbers).
+        shape: shape of one item, for example (3, 32, 32).
+
+    Returns:
+        (B, *shape); row i depends on indices[i] only, never on B.
+    """
+    count = math.prod(shape)
+    bits = draw_bits(seed, purpose, step, indices, (count + 1) // 2)
+    uniform = (_shift(bits, 32).float() + 0.5) * 2.0**-32  # (0, 1]: never 0, so the logarithm is finite
+    angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
+    radius = (-2 * uniform.log()).sqrt()
+    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return normal[:, :count].reshape(len(indices), *shape)
+
+
+def draw_permutation(seed: int, epoch: int, count: int) -> Tensor:
+    """(count,) int64 on the CPU: the order of the data in an epoch."""
+    keys = draw_bits(seed, Purpose.ORDER, epoch, torch.arange(count), 1)[:, 0]
+    return torch.argsort(keys, stable=True)
+
+
+def image_noise(seed: int, indices: Tensor, shape: Sequence[int]) -> Callable[[int], Tensor]:
+    """The noise that images with these numbers are sampled with: timestep -> (B, *shape), at 0 the starting noise.
+
+    So an image is a function of (seed, its number), whatever else is sampled in the same batch.
+    """
+    return lambda timestep: draw_normal(seed, Purpose.SAMPLE, timestep, indices, shape)

@@ -1,0 +1,44 @@
+"""Stage 1: fetches, verifies and converts the data set.
+
+    python prepare_data.py                     # CIFAR-10, from dataset.archive or downloaded to it
+    python prepare_data.py dataset=shapes      # drawn by the project, no download
+
+Writes <dataset.root>/<dataset.name>/{train.npy,test.npy,manifest.json}. A second run verifies and does nothing.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from modeling.config import ConfigError, archive_path, parse_stage
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(values: DictConfig) -> None:
+    try:
+        dataset = parse_stage(values).dataset
+    except ConfigError as error:
+        sys.exit(str(error))
+
+    from modeling.preparation import PreparationError, prepare
+
+    folder = Path(dataset.root) / dataset.name
+    try:
+        manifest, is_new = prepare(
+            dataset.name,
+            folder,
+            archive=archive_path(dataset),
+            urls=dataset.urls,
+            num_images=dataset.num_images,
+            seed=dataset.seed,
+        )
+    except PreparationError as error:
+        sys.exit(str(error))
+    counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
+    print(f"{folder}: {counts} ({'written' if is_new else 'already there, verified'})")
+
+
+if __name__ == "__main__":
+    main()
