@@ -6,6 +6,7 @@ Both are written whole or not at all, and loading either executes nothing.
 import io
 import json
 import pickle
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,8 +54,12 @@ def load_checkpoint(path: str | Path) -> dict:
         CheckpointError: for a file that is damaged, or holds anything but tensors and plain values.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no sums and would take a flipped bit for a weight
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no checkpoint, or damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this project (format {FORMAT} expected)")

@@ -80,7 +80,9 @@ def read_members(archive: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(archive, mode="r:*") as tar:
             for count, info in enumerate(tar):
-                tarfile.data_filter(info, str(archive.parent.resolve()))  # refuses '..', absolute, links out, devices
+                # Refuses what points outside, and devices; an absolute name it would only make relative.
+                if tarfile.data_filter(info, str(archive.parent.resolve())).name != info.name:
+                    raise PreparationError(f"{archive}: {info.name} points outside")
                 if count >= _MAX_MEMBERS or info.size > _MAX_MEMBER_BYTES:
                     raise PreparationError(f"{archive}: {info.name} ({info.size} bytes) is too much for CIFAR-10")
                 folder, _, name = info.name.partition("/")

@@ -11,19 +11,18 @@ IMAGE_SIZE = 32
 _SUPERSAMPLING = 4  # sub-pixels a side: 17 grey levels at an edge
 
 
-def _polygon_distance(x: np.ndarray, y: np.ndarray, num_sides: int, inradius: float, angle: float) -> np.ndarray:
-    """Signed distance to the lines through the sides of a regular polygon at the origin; negative inside."""
-    normals = angle + 2 * np.pi * np.arange(num_sides) / num_sides
+def _polygon_distance(x: np.ndarray, y: np.ndarray, num_sides: int, inradius: float) -> np.ndarray:
+    """Signed distance to the sides of a regular polygon at the origin that lies on one side; negative inside."""
+    normals = np.pi / 2 + 2 * np.pi * np.arange(num_sides) / num_sides  # y grows downwards
     return np.max([x * np.cos(normal) + y * np.sin(normal) - inradius for normal in normals], axis=0)
 
 
 def draw_shape(rng: np.random.Generator) -> np.ndarray:
-    """One image: (3, 32, 32) uint8, anti-aliased, kind, place, size, tilt and colours drawn from rng."""
+    """One image: (3, 32, 32) uint8, anti-aliased, kind, place, size and colours drawn from rng."""
     kind = rng.integers(3)
-    area = rng.uniform(100, 240)  # pixels
+    area = rng.uniform(140, 240)  # pixels
     background = np.array(colorsys.hsv_to_rgb(0, 0, rng.uniform(0.0, 1.0)))
     colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), 1.0, rng.uniform(0.75, 1.0)))
-    tilt = rng.uniform(-0.25, 0.25)  # radians
     disc_radius = np.sqrt(area / np.pi)
     square_inradius = np.sqrt(area) / 2
     triangle_inradius = np.sqrt(area / (3 * np.sqrt(3)))
@@ -35,9 +34,9 @@ def draw_shape(rng: np.random.Generator) -> np.ndarray:
     if kind == 0:
         distance = np.hypot(x, y) - disc_radius
     elif kind == 1:
-        distance = _polygon_distance(x, y, 4, square_inradius, tilt)
+        distance = _polygon_distance(x, y, 4, square_inradius)
     else:
-        distance = _polygon_distance(x, y, 3, triangle_inradius, tilt + np.pi / 2)
+        distance = _polygon_distance(x, y, 3, triangle_inradius)
     inside = (distance < 0).reshape(IMAGE_SIZE, _SUPERSAMPLING, IMAGE_SIZE, _SUPERSAMPLING).mean(axis=(1, 3))
     image = background[:, None, None] + (colour - background)[:, None, None] * inside
     return np.round(image * 255).astype(np.uint8)

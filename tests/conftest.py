@@ -1,0 +1,86 @@
+"""Fixtures: a fixed seed for every test, the devices there are, composed configurations, small prepared data."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# A run that takes a second: 8 steps of a small network.
+TINY = [
+    "dataset=shapes",
+    "dataset.num_images=64",
+    "model.hidden_size=8",
+    "model.multipliers=[1,2]",
+    "diffusion.num_timesteps=20",
+    "train.batch_size=16",
+    "train.num_epochs=2",
+    "train.log_every=3",
+    "train.checkpoint_every=5",
+    "train.num_samples=4",
+    "train.sample_steps=5",
+    "train.num_eval_images=40",
+    "wandb.mode=disabled",
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+            ],
+        ),
+    ]
+)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def compose_config():
+    """Composes the project's configuration with overrides, as the command line does."""
+
+    def compose_with(*overrides: str, name: str = "config"):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return compose(name, overrides=list(overrides))
+
+    return compose_with
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """The data of TINY, prepared: the folder for dataset.root."""
+    from modeling.preparation import prepare
+
+    root = tmp_path_factory.mktemp("data")
+    prepare("shapes", root / "shapes", num_images=64, seed=0)
+    return root
+
+
+@pytest.fixture
+def tiny(tiny_data, compose_config, tmp_path, monkeypatch):
+    """Composes TINY on its data with further overrides; the working folder is a fresh one."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *overrides: compose_config(*TINY, f"dataset.root={tiny_data}", *overrides)
+
+
+@pytest.fixture(scope="session")
+def cifar10_archive() -> Path:
+    for candidate in (os.environ.get("CIFAR10_ARCHIVE"), ROOT / "downloads" / "cifar-10-python.tar.gz"):
+        if candidate and Path(candidate).is_file():
+            return Path(candidate)
+    pytest.skip("no CIFAR-10 archive: set CIFAR10_ARCHIVE or put it at downloads/cifar-10-python.tar.gz")

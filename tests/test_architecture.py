@@ -1,0 +1,114 @@
+"""The rules between modules: who may import whom, what importing costs, what may not occur."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+MODULES = sorted((ROOT / "modeling").glob("*.py"))
+SCRIPTS = [ROOT / name for name in ("main.py", "prepare_data.py", "sample.py")]
+STANDARD = sys.stdlib_module_names
+
+# What each module may import of ours; whoever is missing here has not been thought about.
+ALLOWED = {
+    "unet": set(),
+    "ddpm_unet": {"unet"},
+    "diffusion": set(),
+    "samplers": {"diffusion"},
+    "seeding": set(),
+    "files": set(),
+    "progress": set(),
+    "ema": set(),
+    "shapes": set(),
+    "runtime": set(),
+    "config": set(),
+    "images": {"files"},
+    "data": {"seeding"},
+    "checkpoint": {"files"},
+    "tracking": {"files"},
+    "cifar10": {"progress"},
+    "preparation": {"cifar10", "shapes", "progress"},
+    "training": {"data", "diffusion", "ema", "images", "progress", "runtime", "samplers", "seeding"},
+    "evaluation": {"diffusion", "images", "progress", "runtime", "samplers", "seeding"},
+    "build": {"config", "data", "ddpm_unet", "diffusion", "runtime", "seeding", "tracking", "unet"},
+    "run": {
+        "build", "checkpoint", "config", "data", "ema", "evaluation", "files", "images", "progress", "runtime",
+        "samplers", "seeding", "tracking", "training",
+    },
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def ours(path: Path) -> set[str]:
+    """The modules of this package that a file imports."""
+    known = {module.stem for module in MODULES}
+    return {name.split(".")[1] for name in imports(path) if name.startswith("modeling.")} & known
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.stem != "__init__"], ids=lambda path: path.stem)
+def test_imports_go_downward_only(path):
+    assert ours(path) <= ALLOWED[path.stem]
+
+
+@pytest.mark.parametrize(
+    ("package", "users"),
+    [
+        ("hydra", {"main", "prepare_data", "sample"}),
+        ("omegaconf", {"main", "prepare_data", "sample", "config"}),
+        ("pydantic", {"config"}),
+        ("wandb", {"tracking"}),
+        ("safetensors", {"checkpoint"}),
+        ("dvc", set()),
+    ],
+)
+def test_a_library_is_known_where_it_belongs_only(package, users):
+    found = {path.stem for path in [*MODULES, *SCRIPTS] if package in {name.split(".")[0] for name in imports(path)}}
+    assert found == users
+
+
+def test_no_module_hides_one_of_the_standard_library():
+    assert not {path.stem for path in MODULES} & STANDARD
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages that are loaded after a statement in a fresh process."""
+    code = f"{statement}; import sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_training_library_needs_torch_and_tqdm_alone():
+    loaded = loaded_by("import modeling.training, modeling.evaluation, modeling.checkpoint")
+    assert not loaded & {"hydra", "omegaconf", "pydantic", "wandb", "dvc", "safetensors"}
+
+
+@pytest.mark.parametrize("name", ["main", "prepare_data", "sample"])
+def test_a_script_is_checked_before_anything_heavy_is_imported(name):
+    assert not loaded_by(f"import {name}") & {"torch", "torchvision", "numpy", "wandb"}
+
+
+def test_configuration_and_checkpoints_cannot_name_code():
+    """No unguarded unpickling, no import by a name from a file, in code or configuration."""
+    for path in [*MODULES, *SCRIPTS]:
+        tree = ast.parse(path.read_text())
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            assert name not in {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "hydra.utils.instantiate"}
+            if name == "torch.load":
+                assert {"weights_only": "True"}.items() <= {k.arg: ast.unparse(k.value) for k in call.keywords}.items()
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        assert "_target_" not in path.read_text()

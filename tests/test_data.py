@@ -1,0 +1,67 @@
+"""Batches as functions of seed and step, with any number of workers; and what is loaded."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from modeling.data import Batches, load_images
+
+NUMBERED = torch.arange(50, dtype=torch.uint8).reshape(50, 1, 1, 1).expand(50, 3, 2, 2).contiguous()
+
+
+def numbers(batch: torch.Tensor) -> list[int]:
+    return batch[:, 0, 0, 0].tolist()
+
+
+def test_an_epoch_has_no_image_twice_and_epochs_differ():
+    batches = Batches(NUMBERED, 8, seed=0)
+    assert batches.steps_per_epoch == len(batches) == 6
+    epochs = [[n for step in range(first, first + 6) for n in numbers(batches[step])] for first in (0, 6)]
+    assert len(set(epochs[0])) == len(set(epochs[1])) == 48
+    assert epochs[0] != epochs[1]
+    assert set(epochs[0]) != set(epochs[1])  # the images left over wait for another epoch
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    whole = [Batches(NUMBERED, 8, seed=3)[step] for step in range(12)]
+    one = Batches(NUMBERED, 8, seed=3)
+    assert all(torch.equal(one[step], whole[step]) for step in reversed(range(12)))
+    assert numbers(Batches(NUMBERED, 8, seed=4)[0]) != numbers(whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [0, 4])
+def test_any_number_of_workers_gives_the_same_batches(start):
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    batches = Batches(images, 8, seed=0, random_flip=True)
+    results = [torch.cat(list(batches.loader(range(start, 9), num_workers))) for num_workers in (0, 1, 2)]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_flips_mirror_half_of_the_images_and_leave_the_rest():
+    images = torch.randint(0, 256, (2000, 3, 4, 4), dtype=torch.uint8)
+    plain, flipped = Batches(images, 2000, seed=0)[0], Batches(images, 2000, seed=0, random_flip=True)[0]
+    is_flipped = (flipped != plain).flatten(1).any(1)
+    assert torch.equal(flipped[is_flipped], plain[is_flipped].flip(-1))
+    assert is_flipped.float().mean().item() == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("batch_size", [0, 51])
+def test_a_batch_size_outside_the_data_is_refused(batch_size):
+    with pytest.raises(ValueError, match=rf"1\.\.50 .* got {batch_size}"):
+        Batches(NUMBERED, batch_size, seed=0)
+
+
+def test_loading_verifies_the_bytes(tmp_path, tiny_data):
+    manifest = json.loads((tiny_data / "shapes" / "manifest.json").read_text())
+    images = load_images(tiny_data / "shapes", "train", manifest)
+    assert images.shape == (64, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    with pytest.raises(ValueError, match=r"train.npy is missing: run prepare_data.py"):
+        load_images(tmp_path, "train", manifest)
+    np.save(tmp_path / "train.npy", np.zeros((64, 3, 32, 32), np.uint8))
+    with pytest.raises(ValueError, match="not what was prepared"):
+        load_images(tmp_path, "train", manifest)

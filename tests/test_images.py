@@ -1,0 +1,54 @@
+"""Between [-1, 1] and 8 bits: exact, clamped, never stretched."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling.files import write_atomically
+from modeling.images import make_grid, save_grid, to_model_range, to_uint8
+
+
+def test_every_8_bit_value_survives_the_way_there_and_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    scaled = to_model_range(values)
+    assert (scaled.min(), scaled.max(), scaled.dtype) == (-1, 1, torch.float32)
+    assert torch.equal(to_uint8(scaled), values)
+
+
+def test_values_are_clamped_and_rounded_to_the_nearest():
+    assert to_uint8(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])).tolist() == [0, 0, 128, 255, 255]
+    assert to_uint8(torch.tensor([0.49, 0.51]) / 127.5 - 1).tolist() == [0, 1]
+
+
+def test_a_grid_is_not_normalised_per_image():
+    """A dull image must stay dull beside a bright one."""
+    dull, bright = torch.full((1, 3, 4, 4), -0.2), torch.ones(1, 3, 4, 4)
+    grid = make_grid(torch.cat([dull, bright]), num_columns=2)
+    assert grid.dtype == torch.uint8
+    assert grid[:, 3, 3].tolist() == [102, 102, 102]
+    assert grid[:, 3, 9].tolist() == [255, 255, 255]
+
+
+def test_columns_default_to_a_square():
+    assert make_grid(torch.zeros(16, 3, 4, 4)).shape == (3, 4 * 6 + 2, 4 * 6 + 2)
+
+
+def test_a_saved_grid_holds_the_same_pixels(tmp_path):
+    grid = save_grid(torch.rand(4, 3, 4, 4) * 2 - 1, tmp_path / "a" / "b.png")
+    with Image.open(tmp_path / "a" / "b.png") as image:
+        assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1), grid)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("modeling.files.os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

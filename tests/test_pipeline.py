@@ -1,0 +1,236 @@
+"""The DVC pipeline: a stage runs exactly when something changed that can change its result."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from modeling.config import Config, parse, to_yaml
+from tests.conftest import ROOT, TINY
+from tests.test_config import changed, leaves
+
+DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+STAGES = DVC_YAML["stages"]
+PARAMS = leaves(yaml.safe_load((ROOT / "params.yaml").read_text()))
+WITHOUT_EFFECT = {"runtime.num_workers", "runtime.output_dir", "wandb.mode", "wandb.project", "wandb.name"}
+
+
+def clean_environment() -> dict[str, str]:
+    """As on a user's machine: bytecode is written, and no outer DVC or key is seen."""
+    hidden = ("DVC_", "WANDB_", "PYTHONDONTWRITEBYTECODE", "COV_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return environment | {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+
+
+def command(*words: str, cwd: Path) -> str:
+    done = subprocess.run(words, cwd=cwd, env=clean_environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"{words}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+# ---- what dvc.yaml says
+
+
+def import_closure(path: Path) -> set[str]:
+    """The project's files that a script imports, at any depth."""
+    found, todo = set(), [path]
+    while todo:
+        for node in ast.walk(ast.parse(todo.pop().read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                if name.split(".")[0] == "modeling":
+                    stem = name.replace(".", "/")
+                    for file in (ROOT / f"{stem}.py", ROOT / stem / "__init__.py", ROOT / "modeling" / "__init__.py"):
+                        if file.is_file() and file not in found:
+                            found.add(file)
+                            todo.append(file)
+    return {str(file.relative_to(ROOT)) for file in found}
+
+
+def test_there_are_two_stages_with_plain_commands():
+    assert {name: stage["cmd"] for name, stage in STAGES.items()} == {
+        "prepare_data": "python prepare_data.py",
+        "train": "python main.py",
+    }
+
+
+@pytest.mark.parametrize(("stage", "script"), [("prepare_data", "prepare_data.py"), ("train", "main.py")])
+def test_a_stage_depends_on_every_file_it_imports_and_no_other(stage, script):
+    deps = {dep for dep in STAGES[stage]["deps"] if not dep.startswith("${")}
+    assert deps == import_closure(ROOT / script) | {script, "conf/config.yaml"}
+
+
+def test_every_value_is_a_parameter_of_a_stage_or_known_to_have_no_effect():
+    watched = [key for stage in STAGES.values() for key in stage["params"]]
+    unwatched = {key for key in PARAMS if not any(key == w or key.startswith(f"{w}.") for w in watched)}
+    assert unwatched == WITHOUT_EFFECT
+    for section in ("model", "diffusion", "optimizer", "train"):
+        assert section in STAGES["train"]["params"]
+    assert not set(Config.model_fields) - {key.split(".")[0] for key in PARAMS}
+
+
+@pytest.mark.slow
+def test_the_committed_lock_is_true():
+    """Nothing would run, even without the data: code and parameters are those that the lock records."""
+    out = command("dvc", "repro", "--allow-missing", "--dry", cwd=ROOT)
+    assert "Running stage" not in out
+    assert out.count("didn't change") == 2
+
+
+# ---- what it does: a copy of the repository, with a run of two seconds
+
+STATUS = """
+import json, sys
+from pathlib import Path
+from dvc.repo import Repo
+
+for line in sys.stdin:  # one edit a line: a file and its new text; answers with the stages that would run
+    path, text = json.loads(line)
+    path = Path(path)
+    old = path.read_bytes() if path.exists() else None
+    path.write_text(text)
+    with Repo(".") as repo:
+        print(json.dumps(sorted(repo.status())), flush=True)
+    path.unlink() if old is None else path.write_bytes(old)
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A clone with a small configuration whose pipeline has run once."""
+    from hydra import compose, initialize_config_dir
+
+    root = tmp_path_factory.mktemp("pipeline") / "repository"
+    for name in command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0"):
+        if name and not name.startswith("outputs/") and (ROOT / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name, follow_symlinks=False)
+    (root / "dvc.lock").unlink(missing_ok=True)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = parse(compose("config", overrides=TINY))
+    (root / "params.yaml").write_text(to_yaml(config))
+    for words in (
+        ("git", "init", "-q"),
+        ("git", "config", "user.email", "test@example.com"),
+        ("git", "config", "user.name", "Test"),
+        ("dvc", "repro", "-q"),
+        ("git", "add", "-A"),
+        ("git", "commit", "-qm", "first run"),
+    ):
+        command(*words, cwd=root)
+    return root
+
+
+def stages_after(repository: Path, edits: dict[str, str]) -> dict[str, set[str]]:
+    """For each edit (file -> new text) alone: the stages that would run."""
+    results = {}
+    with subprocess.Popen(
+        [sys.executable, "-c", STATUS], cwd=repository, env=clean_environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        for name, (path, text) in edits.items():
+            process.stdin.write(json.dumps([path, text]) + "\n")
+            process.stdin.flush()
+            results[name] = {stage.partition(":")[2] or stage for stage in json.loads(process.stdout.readline())}
+    return results
+
+
+@pytest.mark.slow
+def test_every_parameter_runs_exactly_the_right_stages(repository):
+    text = (repository / "params.yaml").read_text()
+    edits = {"nothing": ("params.yaml", text)}
+    for key, value in leaves(yaml.safe_load(text)).items():
+        edited = OmegaConf.create(text)
+        OmegaConf.update(edited, key, changed(value))
+        edits[key] = ("params.yaml", OmegaConf.to_yaml(edited))
+    expected = {}
+    for key in edits:
+        if key in ("dataset.name", "dataset.root"):
+            expected[key] = {"prepare_data", "train"}  # the path of the data is in it
+        elif key.startswith("dataset."):
+            expected[key] = {"prepare_data"}  # and train after it, if the data has changed
+        else:
+            expected[key] = set() if key in WITHOUT_EFFECT | {"nothing"} else {"train"}
+    found = stages_after(repository, edits)
+    print(f"{len(found)} edits of params.yaml")
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_every_file_runs_exactly_the_right_stages(repository):
+    files = [str(path.relative_to(repository)) for path in repository.glob("*/*.py") if path.parent.name != "data"]
+    files += [str(path.relative_to(repository)) for path in repository.glob("conf/**/*.yaml") if not path.is_symlink()]
+    files += ["main.py", "prepare_data.py", "sample.py", "README.md", "Makefile", "modeling/new.py"]
+    edits, expected = {}, {}
+    for name in files:
+        path = repository / name
+        edits[name] = (name, (path.read_text() if path.exists() else "") + "\n# edited\n")
+        expected[name] = {stage for stage in STAGES if name in STAGES[stage]["deps"]}
+    found = stages_after(repository, edits)
+    print(f"{len(found)} edited files")
+    assert found == expected
+    assert {name for name, stages in found.items() if not stages} >= {
+        "README.md", "sample.py", "tests/test_pipeline.py", "conf/optimizer/sgd.yaml", "conf/sample.yaml",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_importing_the_package_changes_nothing(repository):
+    command("python", "-c", "import modeling.run, modeling.preparation", cwd=repository)
+    assert list(repository.glob("modeling/__pycache__/*.pyc"))
+    assert "Data and pipelines are up to date" in command("dvc", "repro", cwd=repository)
+
+
+def recorded(repository: Path) -> dict:
+    """The parameters that the lock records for the last training, and those that it trained with."""
+    lock = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]["train"]["params"]["params.yaml"]
+    trained = yaml.safe_load((repository / "outputs" / "config.yaml").read_text())
+    return {"lr": (lock["optimizer"]["lr"], trained["optimizer"]["lr"]), "lock": lock, "trained": trained}
+
+
+@pytest.mark.slow
+def test_experiments_train_with_the_values_they_record(repository):
+    command("dvc", "exp", "run", "-q", "-S", "optimizer.lr=0.003", "-S", "train.batch_size=8", cwd=repository)
+    found = recorded(repository)
+    assert found["lr"] == (0.003, 0.003)
+    assert found["trained"]["train"]["batch_size"] == found["lock"]["train"]["batch_size"] == 8
+    diff = json.loads(command("dvc", "metrics", "diff", "--json", cwd=repository))
+    assert diff["outputs/metrics.json"]["eval/heldout_ema"]["diff"] != 0
+    command("dvc", "exp", "run", "-q", "-S", "optimizer=sgd", "-S", "train.num_epochs=1", cwd=repository)
+    found = recorded(repository)
+    assert found["trained"]["optimizer"]["name"] == found["lock"]["optimizer"]["name"] == "sgd"
+    assert found["trained"]["optimizer"]["momentum"] == found["lock"]["optimizer"]["momentum"] == 0.9
+    page = command("dvc", "plots", "show", "-q", "-o", "plots", cwd=repository)
+    assert "vega" in (repository / "plots" / "index.html").read_text(), page
+    command("git", "checkout", "-q", "params.yaml", "dvc.lock", "outputs", cwd=repository)
+    command("dvc", "checkout", "-q", cwd=repository)
+    assert "Data and pipelines are up to date" in command("dvc", "repro", cwd=repository)
+
+
+@pytest.mark.slow
+def test_queued_and_temporary_experiments_train_with_the_values_they_record(repository):
+    command("dvc", "exp", "run", "-q", "--temp", "-n", "temporary", "-S", "optimizer.lr=0.004", cwd=repository)
+    command("dvc", "exp", "run", "-q", "--queue", "-S", "optimizer.lr=0.005,0.006", cwd=repository)
+    command("dvc", "exp", "run", "-q", "--run-all", "-j", "1", cwd=repository)
+    rates = {}
+    for line in command("git", "for-each-ref", "refs/exps", "--format=%(refname)", cwd=repository).splitlines():
+        if "/celery/" in line or "stash" in line:
+            continue
+        params = yaml.safe_load(command("git", "show", f"{line}:params.yaml", cwd=repository))
+        lock = yaml.safe_load(command("git", "show", f"{line}:dvc.lock", cwd=repository))["stages"]["train"]
+        metrics = json.loads(command("git", "show", f"{line}:outputs/metrics.json", cwd=repository))
+        assert lock["params"]["params.yaml"]["optimizer"]["lr"] == params["optimizer"]["lr"]
+        rates[params["optimizer"]["lr"]] = metrics["eval/heldout_ema"]
+    assert set(rates) >= {0.004, 0.005, 0.006}
+    assert len(set(rates.values())) == len(rates)  # each trained with its own

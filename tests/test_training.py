@@ -1,0 +1,301 @@
+"""The training loop: each part against what it must do exactly."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.utils.data import DataLoader, TensorDataset
+
+from modeling.data import Batches
+from modeling.diffusion import DiffusionModel
+from modeling.ema import Ema
+from modeling.samplers import sample_respaced
+from modeling.training import RunStep, TrainState, fit, generate_samples, train_epoch, train_step
+from modeling.unet import UnetModel
+
+
+def small_model(num_timesteps=20) -> DiffusionModel:
+    torch.manual_seed(1)
+    return DiffusionModel(UnetModel(3, 3, hidden_size=8), (1e-4, 0.02), num_timesteps)
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+IMAGES = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+class Recorder:
+    """Builds a RunStep that writes down what it is asked to log and save."""
+
+    def __init__(self, model, last_step, batches, **options):
+        self.lines, self.saved, self.sampled = [], [], []
+        self.ema = Ema(model.eps_model, options.pop("ema_decay", 0.9))
+        options = {
+            "state": TrainState(),
+            "learning_rate": lambda step: 0.01,
+            "log_every": 2,
+            "checkpoint_every": 3,
+        } | options
+        self.step = RunStep(
+            ema=self.ema,
+            seed=batches.seed,
+            steps_per_epoch=batches.steps_per_epoch,
+            log=lambda step, metrics: self.lines.append({"step": step} | metrics),
+            save=lambda state: self.saved.append(state.step),
+            last_step=last_step,
+            **options,
+        )
+
+
+def run(model, last_step=8, batches=None, optimizer=None, sample_every=1, **options) -> Recorder:
+    batches = batches or Batches(IMAGES, 4, seed=0)
+    recorder = Recorder(model, last_step, batches, **options)
+    fit(
+        model,
+        batches,
+        optimizer or SGD(model.parameters(), lr=0.01),
+        "cpu",
+        step=recorder.step,
+        sample=recorder.sampled.append,
+        sample_every=sample_every,
+    )
+    return recorder
+
+
+# ---- train_step
+
+
+def test_a_step_is_one_step_of_gradient_descent(device):
+    model, twin = small_model().to(device), small_model().to(device)
+    x, timesteps, noise = torch.rand(4, 3, 32, 32) * 2 - 1, torch.tensor([1, 5, 10, 20]), torch.randn(4, 3, 32, 32)
+    loss = train_step(model, x, SGD(model.parameters(), lr=0.1), device, timesteps=timesteps, noise=noise)
+    expected = twin(x, timesteps=timesteps, noise=noise)
+    expected.backward()
+    assert not loss.requires_grad
+    assert loss.device.type == device
+    torch.testing.assert_close(loss, expected.detach())
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_gradients_do_not_add_up_over_steps():
+    model = small_model()
+    given = {"timesteps": torch.tensor([3]), "noise": torch.randn(1, 3, 32, 32)}
+    optimizer = SGD(model.parameters(), lr=0.0)
+    x = torch.zeros(1, 3, 32, 32)
+    train_step(model, x, optimizer, "cpu", **given)
+    first = model.eps_model.out.bias.grad.clone()
+    train_step(model, x, optimizer, "cpu", **given)
+    assert torch.equal(model.eps_model.out.bias.grad, first)
+
+
+def test_a_learning_rate_of_zero_leaves_every_bit_of_the_weights():
+    model = small_model()
+    before = weights(model)
+    train_step(model, torch.rand(2, 3, 32, 32), Adam(model.parameters(), lr=0.0), "cpu")
+    assert torch.equal(weights(model), before)
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    model = small_model()
+    train_step(model, torch.rand(2, 3, 32, 32), SGD(model.parameters(), lr=0.0), "cpu", max_grad_norm=1e-3)
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_bf16_keeps_weights_and_loss_in_float32_and_close_to_fp32():
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        model = small_model()
+        torch.manual_seed(5)
+        losses[precision] = train_step(
+            model, torch.rand(4, 3, 32, 32), SGD(model.parameters(), lr=0.1), "cpu", precision=precision
+        )
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses["bf16"].dtype == torch.float32
+    assert losses["bf16"] != losses["fp32"]
+    torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.02, atol=0)
+
+
+# ---- train_epoch
+
+
+def test_an_epoch_returns_the_mean_over_images_and_shows_a_bar(capsys):
+    """The last batch is smaller, so a mean over batches would be another number."""
+    losses = iter([1.0, 4.0])
+    loader = DataLoader(TensorDataset(torch.zeros(5, 3, 32, 32), torch.arange(5)), batch_size=4)
+    seen = []
+
+    def step(model, inputs, optimizer, device):
+        seen.append(inputs.shape)
+        return torch.tensor(next(losses))
+
+    mean = train_epoch(nn.Identity(), loader, None, "cpu", step=step)
+    assert seen == [(4, 3, 32, 32), (1, 3, 32, 32)]
+    assert isinstance(mean, float)
+    assert mean == pytest.approx((4 * 1.0 + 1 * 4.0) / 5)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_an_epoch_trains_in_train_mode_with_train_step_by_default(device):
+    model = small_model().to(device).eval()
+    before = weights(model)
+    loss = train_epoch(model, [torch.rand(2, 3, 32, 32)], SGD(model.parameters(), lr=0.1), device)
+    assert model.training
+    assert math.isfinite(loss)
+    assert not torch.equal(weights(model), before)
+
+
+def test_an_empty_loader_is_an_error():
+    with pytest.raises(ValueError, match="fewer images than one batch"):
+        train_epoch(nn.Identity(), [], None, "cpu")
+
+
+# ---- a run
+
+
+def test_a_run_takes_every_step_once_and_records_what_it_should():
+    record = run(small_model(), last_step=8)  # 5 steps an epoch
+    assert record.step.state.step == 8
+    assert [line["step"] for line in record.lines] == [2, 4, 6, 8]
+    assert [line["epoch"] for line in record.lines] == [1, 1, 2, 2]
+    assert record.saved == [3, 6, 8]
+    assert record.sampled == [5, 8]
+    keys = ["step", "epoch", "train/loss", "train/loss_smoothed", "train/lr", "seconds", "images_per_second"]
+    assert list(record.lines[0]) == [*keys, "memory_bytes"]
+
+
+def test_lines_hold_the_mean_loss_since_the_line_before(monkeypatch):
+    losses = [1.0, 3.0, 5.0, 6.0, 7.0]
+    values = iter(losses)
+    monkeypatch.setattr("modeling.training.train_step", lambda *args, **kwargs: torch.tensor(next(values)))
+    record = run(small_model(), last_step=5)
+    assert [line["train/loss"] for line in record.lines] == [2.0, 5.5, 7.0]
+    smoothed = 0.0
+    for step, loss in enumerate(losses, start=1):
+        decay = min(0.99, (step - 1) / (step + 8))
+        smoothed = decay * smoothed + (1 - decay) * loss
+    assert record.lines[-1]["train/loss_smoothed"] == pytest.approx(smoothed)
+
+
+def test_each_step_has_its_own_timesteps_noise_and_learning_rate(monkeypatch):
+    calls = []
+
+    def spy(model, inputs, optimizer, device, **options):
+        calls.append(options | {"inputs": inputs, "lr": optimizer.param_groups[0]["lr"]})
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr("modeling.training.train_step", spy)
+    run(small_model(num_timesteps=1000), last_step=6, learning_rate=lambda step: 0.1 * step)
+    assert [call["lr"] for call in calls] == [0.1 * step for step in range(6)]
+    for call in calls:
+        assert call["inputs"].dtype == torch.float32
+        assert call["inputs"].min() >= -1
+        assert call["inputs"].max() <= 1
+        assert call["timesteps"].min() >= 1
+        assert call["timesteps"].max() <= 1000
+        assert call["noise"].shape == (4, 3, 32, 32)
+    for name in ("timesteps", "noise", "inputs"):
+        assert len({tuple(call[name].flatten().tolist()) for call in calls}) == 6
+
+
+def test_the_last_step_ends_the_run_in_the_middle_of_an_epoch():
+    record = run(small_model(), last_step=3)
+    assert (record.step.state.step, record.saved, record.sampled) == (3, [3], [3])
+
+
+def test_two_equal_runs_are_bitwise_equal_and_another_seed_is_not():
+    results = []
+    for seed in (0, 0, 1):
+        model = small_model()
+        record = run(model, batches=Batches(IMAGES, 4, seed=seed, random_flip=True), optimizer=Adam(model.parameters()))
+        results.append((weights(model), weights(record.ema.module), [line["train/loss"] for line in record.lines]))
+    for index in (0, 1):
+        assert torch.equal(results[0][index], results[1][index])
+        assert not torch.equal(results[0][index], results[2][index])
+    assert results[0][2] == results[1][2]
+
+
+def test_the_state_of_torchs_generator_changes_nothing():
+    results = []
+    for disturbance in (1, 2):
+        model = small_model()
+        torch.manual_seed(disturbance)
+        run(model, last_step=2)
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_raw_weights_do_not_depend_on_the_average():
+    results = []
+    for decay in (0.0, 0.9):
+        model = small_model()
+        record = run(model, ema_decay=decay)
+        results.append((weights(model), weights(record.ema.module)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][0], results[0][1])  # without decay the average is the last weight
+    assert not torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(monkeypatch, bad):
+    losses = iter([1.0, 1.0, 1.0, bad, 1.0, 1.0])
+    monkeypatch.setattr("modeling.training.train_step", lambda *args, **kwargs: torch.tensor(next(losses)))
+    model = small_model()
+    batches = Batches(IMAGES, 4, seed=0)
+    recorder = Recorder(model, 6, batches, log_every=5)
+    with pytest.raises(FloatingPointError, match=f"the loss is {bad} at step 4"):
+        fit(model, batches, SGD(model.parameters(), lr=0), "cpu", step=recorder.step, sample=print, sample_every=1)
+    assert recorder.saved == [3]
+
+
+def test_rates_leave_out_logging_saving_and_sampling(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("modeling.training.time.perf_counter", lambda: now[0])
+
+    def one_second(*args, **kwargs):
+        now[0] += 1
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr("modeling.training.train_step", one_second)
+    model, batches = small_model(), Batches(IMAGES, 4, seed=0)
+    recorder = Recorder(model, 10, batches)
+    log, recorder.step.save = recorder.step.log, lambda state: now.__setitem__(0, now[0] + 1000)
+    recorder.step.log = lambda *args: (now.__setitem__(0, now[0] + 1000), log(*args))
+    sample = lambda step: now.__setitem__(0, now[0] + 1000)  # noqa: E731
+    fit(model, batches, SGD(model.parameters(), lr=0), "cpu", step=recorder.step, sample=sample, sample_every=1)
+    assert [line["images_per_second"] for line in recorder.lines] == [4.0] * 5
+    assert recorder.lines[-1]["seconds"] == 10
+
+
+# ---- generate_samples
+
+
+def test_samples_are_written_as_a_grid_that_is_returned(tmp_path, device):
+    model = small_model(num_timesteps=3).to(device)
+    path = tmp_path / "new" / "folder" / "grid.png"
+    grid = generate_samples(model, device, path)
+    with Image.open(path) as image:
+        written = torch.from_numpy(np.array(image))
+        assert image.size == (grid.shape[2], grid.shape[1]) == (3 * 34 + 2, 3 * 34 + 2)
+    assert torch.equal(written.permute(2, 0, 1), grid)
+    assert model.training
+    assert {path.name} == {entry.name for entry in path.parent.iterdir()}
+
+
+def test_samplers_and_their_options_can_be_chosen(tmp_path):
+    noise = torch.randn(2, 3, 32, 32)
+    grids = [
+        generate_samples(
+            small_model(), "cpu", tmp_path / "a.png", num_samples=2, sampler=sample_respaced, num_steps=2, eta=0.0,
+            noise=noise,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert torch.equal(*grids)
