@@ -15,7 +15,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from modeling.config import ConfigError, parse_stage, read_manifest
+from modeling.config import ConfigError
+from modeling.stage import parse_stage, read_manifest
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -12,7 +12,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from modeling.config import ConfigError, archive_path, parse_stage
+from modeling.config import ConfigError
+from modeling.stage import archive_path, parse_stage
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

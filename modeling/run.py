@@ -12,7 +12,7 @@ import torch
 
 from modeling import build
 from modeling.checkpoint import CheckpointError, export_weights, load_checkpoint, save_checkpoint
-from modeling.config import Config, run_name, to_yaml
+from modeling.config import Config, to_yaml
 from modeling.data import load_images
 from modeling.ema import Ema
 from modeling.evaluation import denoising_loss
@@ -22,6 +22,7 @@ from modeling.progress import progress_bar
 from modeling.runtime import autocast, keep_freed_memory, peak_memory_bytes
 from modeling.samplers import sample_respaced
 from modeling.seeding import image_noise
+from modeling.stage import run_name
 from modeling.tracking import Tracker, write_csv
 from modeling.training import RunStep, TrainState, fit, generate_samples
 

@@ -20,7 +20,7 @@ def _polygon_distance(x: np.ndarray, y: np.ndarray, num_sides: int, inradius: fl
 def draw_shape(rng: np.random.Generator) -> np.ndarray:
     """One image: (3, 32, 32) uint8, anti-aliased, kind, place, size and colours drawn from rng."""
     kind = rng.integers(3)
-    area = rng.uniform(140, 240)  # pixels
+    area = rng.uniform(110, 200)  # pixels
     background = np.array(colorsys.hsv_to_rgb(0, 0, rng.uniform(0.0, 1.0)))
     colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), 1.0, rng.uniform(0.75, 1.0)))
     disc_radius = np.sqrt(area / np.pi)

@@ -126,7 +126,7 @@ class WandbTracker:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # else even an offline run looks up a server
         for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # else artifacts wait under the home folder
-            os.environ.setdefault(f"WANDB_{name}_DIR", str(folder.resolve()))
+            os.environ[f"WANDB_{name}_DIR"] = str(folder.resolve())
         import wandb
 
         if self._options["mode"] == "online" and not wandb.api.api_key:

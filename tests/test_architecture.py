@@ -26,6 +26,7 @@ ALLOWED = {
     "shapes": set(),
     "runtime": set(),
     "config": set(),
+    "stage": {"config"},
     "images": {"files"},
     "data": {"seeding"},
     "checkpoint": {"files"},
@@ -37,7 +38,7 @@ ALLOWED = {
     "build": {"config", "data", "ddpm_unet", "diffusion", "runtime", "seeding", "tracking", "unet"},
     "run": {
         "build", "checkpoint", "config", "data", "ema", "evaluation", "files", "images", "progress", "runtime",
-        "samplers", "seeding", "tracking", "training",
+        "samplers", "seeding", "stage", "tracking", "training",
     },
 }  # fmt: skip
 
@@ -68,7 +69,7 @@ def test_imports_go_downward_only(path):
     ("package", "users"),
     [
         ("hydra", {"main", "prepare_data", "sample"}),
-        ("omegaconf", {"main", "prepare_data", "sample", "config"}),
+        ("omegaconf", {"main", "prepare_data", "sample", "config", "stage"}),
         ("pydantic", {"config"}),
         ("wandb", {"tracking"}),
         ("safetensors", {"checkpoint"}),

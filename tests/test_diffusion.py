@@ -111,9 +111,7 @@ def test_wrong_schedules_are_refused(betas, num_timesteps, message):
 def test_x_t_has_the_mean_and_variance_of_eq_4(timestep):
     model, count = zero_model(), 400_000
     abar = numpy_tables(BETAS, T)[2][timestep]
-    x_t = model.q_sample(
-        torch.full((count, 1), 0.7), torch.full((count,), timestep), torch.randn(count, 1)
-    ).double()
+    x_t = model.q_sample(torch.full((count, 1), 0.7), torch.full((count,), timestep), torch.randn(count, 1)).double()
     assert x_t.mean().item() == pytest.approx(0.7 * abar**0.5, abs=5 * ((1 - abar) / count) ** 0.5 + 1e-7)
     assert x_t.var().item() == pytest.approx(1 - abar, rel=5 * (2 / count) ** 0.5)
 
@@ -162,9 +160,7 @@ def test_the_loss_of_the_best_predictor_is_the_variance_that_remains():
     model = gaussian_oracle(std)
     for timestep in (10, 200, 900):
         abar = numpy_tables(BETAS, T)[2][timestep]
-        loss = model(
-            std * torch.randn(count, 1), timesteps=torch.full((count,), timestep), noise=torch.randn(count, 1)
-        )
+        loss = model(std * torch.randn(count, 1), timesteps=torch.full((count,), timestep), noise=torch.randn(count, 1))
         expected = abar * std**2 / (abar * std**2 + 1 - abar)
         assert loss.item() == pytest.approx(expected, rel=5 * (2 / count) ** 0.5)
 
@@ -211,6 +207,16 @@ def test_inputs_may_start_on_the_cpu_whatever_the_device(device):
     loss = model(torch.zeros(2, 3), timesteps=torch.tensor([1, 2]), noise=torch.zeros(2, 3))
     assert loss.device.type == device
     assert model.sample(2, (3,), device).device.type == device
+
+
+def test_no_tensor_is_left_on_another_device():
+    """The "meta" device computes shapes only, but refuses to mix with the CPU as a GPU would: it needs no GPU."""
+    model = DiffusionModel(Lambda(lambda x, t: x * t[:, None]), BETAS, 5).to("meta")
+    assert model(torch.zeros(2, 3)).device.type == "meta"
+    given = model(torch.zeros(2, 3), timesteps=torch.tensor([1, 2]), noise=torch.zeros(2, 3))
+    assert given.device.type == "meta"
+    for options in ({}, {"clip_x0": True}, {"noise": torch.zeros(2, 3), "step_noise": lambda t: torch.zeros(2, 3)}):
+        assert model.sample(2, (3,), "meta", **options).device.type == "meta"
 
 
 # ---- the reverse process
@@ -313,7 +319,9 @@ def test_gaussian_data_comes_back_with_the_exact_variance_of_the_chain(variance,
     assert response.square().sum().item() == pytest.approx(
         chain_variance(data_std, variance, betas, num_timesteps), rel=1e-6
     )
-    silent = model.sample(1, (1,), "cpu", variance=variance, noise=torch.zeros(1, 1), step_noise=lambda t: torch.zeros(1, 1))
+    silent = model.sample(
+        1, (1,), "cpu", variance=variance, noise=torch.zeros(1, 1), step_noise=lambda t: torch.zeros(1, 1)
+    )
     assert silent.item() == 0  # mean 0
 
 

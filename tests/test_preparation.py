@@ -309,7 +309,12 @@ def test_without_network_the_error_names_every_address_and_the_remedy(tmp_path, 
     closed = "http://127.0.0.1:9/closed"
     with pytest.raises(PreparationError) as caught:
         download([closed, f"{server}/nothing"], tmp_path / "cifar.tar.gz")
-    for part in (closed, "404", f"put the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu", "dataset.archive"):
+    for part in (
+        closed,
+        "404",
+        "put the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu",
+        "dataset.archive",
+    ):
         assert part in str(caught.value)
 
 
@@ -337,8 +342,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.slow
 def test_real_cifar10_is_prepared_exactly(tmp_path, cifar10_archive):
     manifest, _ = prepare("cifar10", tmp_path / "cifar10", archive=cifar10_archive, urls=[])
-    assert {name: entry["count"] for name, entry in manifest["files"].items()} == {"train.npy": 50_000, "test.npy": 10_000}
-    assert manifest["files"]["train.npy"]["sha256"] == "cca17af9c1cff570c8c91fdb9f8bfc450d62dc4ff73ba6fb849b2b49e0c668f2"
+    assert {name: entry["count"] for name, entry in manifest["files"].items()} == {
+        "train.npy": 50_000,
+        "test.npy": 10_000,
+    }
+    assert (
+        manifest["files"]["train.npy"]["sha256"] == "cca17af9c1cff570c8c91fdb9f8bfc450d62dc4ff73ba6fb849b2b49e0c668f2"
+    )
     assert manifest["files"]["test.npy"]["sha256"] == "efbfa3b24c4f91c6febe8a57d87b6448f2c1226d8b2aa24d14db1eea85ad46c6"
     train = np.load(tmp_path / "cifar10" / "train.npy", mmap_mode="r")
     # the channel means everyone knows: 0.4914, 0.4822, 0.4465

@@ -34,7 +34,9 @@ def result(folder: Path) -> dict:
         "state": content,
         "lines": [{key: value for key, value in line.items() if key not in MACHINE_DEPENDENT} for line in lines],
         "weights": (folder / "model.safetensors").read_bytes()[-1000:],
-        "samples": {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("samples/*/*.png"))},
+        "samples": {
+            str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("samples/*/*.png"))
+        },
     }
 
 
@@ -118,7 +120,9 @@ def test_a_stage_replaces_a_longer_run_and_publishes_its_artefacts(tiny, monkeyp
         assert json.loads(Path("outputs/metrics.json").read_text())["steps"] == 4 * num_epochs
         (folder,) = Path("runs").iterdir()
         assert Path("outputs/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-        assert {path.stem for path in Path("outputs/samples/ema").iterdir()} == {str(4 * n + 4) for n in range(num_epochs)}
+        assert {path.stem for path in Path("outputs/samples/ema").iterdir()} == {
+            str(4 * n + 4) for n in range(num_epochs)
+        }
         shutil.rmtree("outputs")
 
 
@@ -135,5 +139,8 @@ def test_a_damaged_checkpoint_is_an_error_and_no_fresh_start(tiny):
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tiny):
     with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at step \d+: try a lower optimizer\.lr"):
-        train(tiny("optimizer=sgd", "optimizer.lr=1e30", "optimizer.max_grad_norm=null", "optimizer.warmup_steps=0"), "bad")
+        train(
+            tiny("optimizer=sgd", "optimizer.lr=1e30", "optimizer.max_grad_norm=null", "optimizer.warmup_steps=0"),
+            "bad",
+        )
     assert not Path("bad/metrics.json").exists()

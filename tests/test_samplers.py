@@ -41,9 +41,7 @@ def test_a_negative_eta_is_refused():
 @pytest.mark.parametrize("clip_x0", [False, True])
 def test_all_steps_with_eta_1_are_ancestral_with_the_posterior_variance(clip_x0):
     _, noise = noises()
-    ancestral = model().sample(
-        6, (3,), "cpu", variance="small", clip_x0=clip_x0, noise=noise(0), step_noise=noise
-    )
+    ancestral = model().sample(6, (3,), "cpu", variance="small", clip_x0=clip_x0, noise=noise(0), step_noise=noise)
     respaced = sample_respaced(
         model(), 6, (3,), "cpu", num_steps=T, eta=1.0, clip_x0=clip_x0, noise=noise(0), step_noise=noise
     )

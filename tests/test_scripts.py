@@ -108,7 +108,9 @@ def test_sampling_needs_nothing_but_the_file(finished_run, tmp_path):
     checkpoint = tmp_path / "given.safetensors"
     checkpoint.write_bytes((finished_run / "model.safetensors").read_bytes())
     options = ["num_images=4", "num_steps=5", "batch_size=4", "device=cpu"]
-    result = run_script(str(ROOT / "sample.py"), f"checkpoint={checkpoint}", *options, f"out={tmp_path}/a.png", cwd=tmp_path)
+    result = run_script(
+        str(ROOT / "sample.py"), f"checkpoint={checkpoint}", *options, f"out={tmp_path}/a.png", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"{tmp_path}/a.png"
     with Image.open(tmp_path / "a.png") as ours, Image.open(finished_run / "samples" / "ema" / "8.png") as theirs:
@@ -120,7 +122,14 @@ def test_samples_do_not_depend_on_the_batch_size(finished_run, compose_config, t
     grids = []
     for size in (4, 3):
         path = tmp_path / f"{size}.png"
-        options = ["num_images=4", f"batch_size={size}", "num_steps=null", "precision=fp32", "device=cpu", f"out={path}"]
+        options = [
+            "num_images=4",
+            f"batch_size={size}",
+            "num_steps=null",
+            "precision=fp32",
+            "device=cpu",
+            f"out={path}",
+        ]
         checkpoint = finished_run / "checkpoints" / "last.pt"
         sample.main(compose_config(f"checkpoint={checkpoint}", *options, name="sample"))
         with Image.open(path) as image:
@@ -180,5 +189,8 @@ def test_preparing_without_data_names_the_remedy(tmp_path):
         "dataset.urls=[http://127.0.0.1:9/closed]",
     )  # fmt: skip
     assert result.returncode == 1
-    assert f"put the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html at {archive}" in result.stderr
+    assert (
+        f"put the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html at {archive}"
+        in result.stderr
+    )
     assert "Traceback" not in result.stderr

@@ -30,7 +30,9 @@ def test_a_row_depends_on_its_index_and_not_on_the_batch():
 def test_known_values():
     """A change of these numbers makes every recorded run irreproducible: it must be meant."""
     assert derive_seed(0, Purpose.NOISE, 1, 2) == 10219387197042190808
-    assert draw_bits(1, Purpose.FLIP, 2, torch.tensor([3]), 2).tolist() == [[-8804264384892840776, -7600242373146423439]]
+    assert draw_bits(1, Purpose.FLIP, 2, torch.tensor([3]), 2).tolist() == [
+        [-8804264384892840776, -7600242373146423439]
+    ]
     assert draw_permutation(0, 0, 8).tolist() == [7, 2, 1, 5, 0, 3, 4, 6]
 
 

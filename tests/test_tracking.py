@@ -40,7 +40,9 @@ def test_going_on_drops_the_lines_that_will_come_again_and_a_cut_one(tmp_path):
 
 
 def test_csv_holds_the_rows_that_have_all_columns(tmp_path):
-    write_csv(tmp_path / "t.csv", [{"step": 1, "loss": 0.5, "x": 1}, {"step": 2}, {"step": 3, "loss": 0.1}], ["step", "loss"])
+    write_csv(
+        tmp_path / "t.csv", [{"step": 1, "loss": 0.5, "x": 1}, {"step": 2}, {"step": 3, "loss": 0.1}], ["step", "loss"]
+    )
     assert (tmp_path / "t.csv").read_text() == "step,loss\n1,0.5\n3,0.1\n"
 
 

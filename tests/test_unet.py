@@ -51,6 +51,12 @@ def test_output_has_the_shape_of_the_input(model, device, time_shape, size):
 
 
 @pytest.mark.parametrize("model", small_models(), ids=["unet", "ddpm"])
+def test_no_tensor_is_left_on_another_device(model):
+    """The "meta" device refuses to mix with the CPU as a GPU would."""
+    assert model.to("meta")(torch.zeros(2, 3, 32, 32), torch.ones(2)).device.type == "meta"
+
+
+@pytest.mark.parametrize("model", small_models(), ids=["unet", "ddpm"])
 def test_both_shapes_of_t_mean_the_same(model):
     model, x, t = awaken(model), torch.randn(2, 3, 32, 32), torch.tensor([0.2, 0.9])
     assert torch.equal(model(x, t), model(x, t[:, None]))

@@ -1,0 +1,81 @@
+"""Device, precision and memory of the machine at hand."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from modeling.progress import progress_bar
+from modeling.runtime import autocast, keep_freed_memory, peak_memory_bytes, resolve_device, resolve_precision
+from tests.conftest import ROOT
+
+
+def test_auto_takes_the_best_device_there_is():
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert resolve_device("auto").type == best
+    assert resolve_device("cpu").type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_refused_and_the_present_ones_named():
+    with pytest.raises(ValueError, match=r"device=cuda: not available here; this machine has .*cpu"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch, has_bf16):
+    monkeypatch.setattr("modeling.runtime._has_bf16", lambda device: has_bf16)
+    assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if has_bf16 else "fp32")
+    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_matrix_products_run_in_the_precision(device, precision, dtype):
+    a = torch.ones(2, 2, device=device)
+    with autocast(device, precision):
+        assert (a @ a).dtype == dtype
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts Linux page faults")
+def test_freed_memory_is_kept_and_does_not_fault_again():
+    """In a process of its own, because it cannot be undone."""
+    code = (
+        "import resource, torch; from modeling.runtime import keep_freed_memory; {call}\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(3): torch.ones(20_000_000)\n"
+        "before = faults()\n"
+        "for _ in range(5): torch.ones(20_000_000)\n"
+        "print(faults() - before)"
+    )
+    counts = []
+    for call in ("pass", "keep_freed_memory()"):
+        done = subprocess.run([sys.executable, "-c", code.format(call=call)], cwd=ROOT, capture_output=True, text=True)
+        counts.append(int(done.stdout))
+    assert counts[1] < counts[0] / 10
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert keep_freed_memory() is False
+
+
+def test_peak_memory_counts_bytes():
+    before = peak_memory_bytes()
+    block = torch.ones(100_000_000)  # 400 MB
+    assert peak_memory_bytes() >= before
+    assert peak_memory_bytes() > 400e6
+    del block
+
+
+def test_a_bar_is_drawn_in_place_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert list(progress_bar(range(3), desc="work")) == [0, 1, 2]
+    assert "\r" in capsys.readouterr().err
+
+
+def test_a_bar_is_written_as_lines_elsewhere(capsys):
+    list(progress_bar(range(3), desc="work"))
+    written = capsys.readouterr().err
+    assert "\r" not in written
+    assert written.splitlines()[-1].startswith("work: 100%")
