@@ -43,9 +43,9 @@ def test_freed_memory_is_kept_and_does_not_fault_again():
     code = (
         "import resource, torch; from modeling.runtime import keep_freed_memory; {call}\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(3): torch.ones(20_000_000)\n"
+        "for _ in range(20): torch.ones(10_000_000)\n"
         "before = faults()\n"
-        "for _ in range(5): torch.ones(20_000_000)\n"
+        "for _ in range(20): torch.ones(10_000_000)\n"
         "print(faults() - before)"
     )
     counts = []
