@@ -1,5 +1,6 @@
 """What a run records: `metrics.jsonl`, always and completely; Weights & Biases beside it, if it works."""
 
+import contextlib
 import json
 import os
 import queue
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from modeling.files import write_atomically
 
-FINISH_SECONDS = 10  # how long the end of a run waits for Weights & Biases
+START_SECONDS, FINISH_SECONDS = 15, 10  # how long a run waits for Weights & Biases at its start and at its end
 
 
 class JsonLines:
@@ -69,10 +70,20 @@ class WandbTracker:
 
     def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict):
         self._options = {"mode": mode, "project": project, "name": name, "dir": str(folder), "config": config}
+        files = folder / "wandb"
+        files.mkdir(parents=True, exist_ok=True)
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # else even an offline run looks up a server
+        for kind in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # else artifacts wait under the home folder
+            os.environ[f"WANDB_{kind}_DIR"] = str(files.resolve())
         self._calls: queue.Queue[Callable | None] = queue.Queue()
         self._is_alive = True
+        self._has_started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
+        # Waits, although the thread could start on its own: it changes the environment, and a getenv from torch at the
+        # same moment would crash the process (glibc's setenv is not thread-safe).
+        if not self._has_started.wait(START_SECONDS):
+            self._give_up(f"it did not start within {START_SECONDS} s")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics at this step."""
@@ -103,7 +114,8 @@ class WandbTracker:
     def finish(self) -> None:
         """Waits for what was logged, at most 10 s."""
         self._calls.put(None)
-        self._thread.join(FINISH_SECONDS)
+        if self._is_alive:
+            self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
             self._give_up(f"it did not finish within {FINISH_SECONDS} s")
 
@@ -115,18 +127,18 @@ class WandbTracker:
     def _work(self) -> None:
         try:
             run = self._start()
+            self._has_started.set()
             while (call := self._calls.get()) is not None:
                 call(run)
             run.finish()
         except Exception as error:  # of whatever kind: tracking must never end training
             self._give_up(str(error) or type(error).__name__)
+            with contextlib.suppress(Exception):  # else its exit hook fails once more, with a traceback
+                sys.modules["wandb"].teardown()
+        finally:
+            self._has_started.set()
 
     def _start(self):
-        folder = Path(self._options["dir"]) / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ["WANDB_ERROR_REPORTING"] = "false"  # else even an offline run looks up a server
-        for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):  # else artifacts wait under the home folder
-            os.environ[f"WANDB_{name}_DIR"] = str(folder.resolve())
         import wandb
 
         if self._options["mode"] == "online" and not wandb.api.api_key:

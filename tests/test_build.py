@@ -78,9 +78,9 @@ def test_a_compiled_run_trains_the_same_function(tiny):
                 f"runtime.compile={is_compiled}",
                 "runtime.precision=fp32",
                 "train.max_steps=3",
-                f"runtime.output_dir={is_compiled}",
+                f"runtime.output_dir=compiled-{is_compiled}",
             )
         )
-        with open(f"{is_compiled}/metrics.jsonl") as file:
+        with open(f"compiled-{is_compiled}/metrics.jsonl") as file:
             losses.append(json.loads(file.readline())["train/loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -87,13 +87,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(tiny, straight, monke
         calls.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(training, "train_step", stop)
-    if stop_at == 8:  # every step done: stopped while measuring
-        monkeypatch.setattr(Run, "measure", lambda *args: (_ for _ in ()).throw(Interrupted()))
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(training, "train_step", stop)
+        if stop_at == 8:  # every step done: stopped while measuring
+            patch.setattr(Run, "measure", lambda *args: (_ for _ in ()).throw(Interrupted()))
         train(tiny(), "stopped")
-    monkeypatch.undo()
-    monkeypatch.chdir(Path.cwd())
+    assert Path("stopped/checkpoints/last.pt").exists() == (stop_at >= 5)
     assert equal(train(tiny(), "stopped"), straight)
 
 
