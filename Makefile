@@ -22,6 +22,7 @@ train: .venv/installed ## CIFAR-10: the recorded pipeline (dvc repro), under 10 
 
 test: .venv/installed ## all tests, with coverage
 	$(BIN)/python -m pytest --cov=modeling
+	$(BIN)/coverage report --include=modeling/training.py --fail-under=90
 
 check: .venv/installed ## style
 	$(BIN)/pip install -q -r requirements-dev.txt
