@@ -1,5 +1,6 @@
 """Data preparation: exact results, verified sources, and every way in which it can go wrong."""
 
+import codecs
 import hashlib
 import http.server
 import io
@@ -152,7 +153,7 @@ def small_cifar10(monkeypatch):
         admitted
         | {
             ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-            ("_codecs", "encode"): __import__("_codecs").encode,
+            ("_codecs", "encode"): codecs.encode,
         },
     )
 
