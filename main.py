@@ -5,7 +5,8 @@
     python main.py optimizer=sgd optimizer.lr=0.1 train.num_epochs=5
     dvc repro                                               # the same as a recorded stage
 
-The same command again goes on from the last checkpoint; a finished run is left as it is.
+The same command again goes on from the last checkpoint; a finished run is left as it is. SIGTERM, SIGINT (Ctrl-C),
+SIGUSR1 and runtime.max_seconds save the state and end with 143, 130, 138 and 0.
 """
 
 import os
@@ -16,6 +17,7 @@ import hydra
 from omegaconf import DictConfig
 
 from modeling.config import ConfigError
+from modeling.signals import Stopped, stopping_on_signals
 from modeling.stage import parse_stage, read_manifest
 
 
@@ -26,18 +28,25 @@ def main(values: DictConfig) -> None:
         manifest = read_manifest(config.dataset)
     except ConfigError as error:
         sys.exit(str(error))
+    with stopping_on_signals(config.runtime.max_seconds):
+        # Not above: torch takes seconds to import, and a wrong configuration should not have to wait for it.
+        from modeling.run_folder import RunError
+        from modeling.session import publish, train
 
-    # Not above: torch takes seconds to import, and a wrong configuration should not have to wait for it.
-    from modeling.run import RunError, publish, train
-
-    is_stage = "DVC_STAGE" in os.environ
-    try:
-        folder = train(config, manifest, replace=is_stage)
-    except (RunError, FloatingPointError) as error:
-        sys.exit(str(error))
-    if is_stage:
-        publish(folder, Path("outputs"))
-        print(f"artefacts   outputs/, from {folder}/")
+        is_stage = "DVC_STAGE" in os.environ
+        try:
+            folder = train(config, manifest, replace=is_stage)
+            if is_stage:
+                publish(folder, Path("outputs"))
+                print(f"artefacts   outputs/, from {folder}/")
+        except (RunError, FloatingPointError) as error:
+            sys.exit(str(error))
+        except Stopped as stopped:
+            if is_stage and stopped.code == 0:
+                sys.exit(f"{stopped.reason} is over before the stage is done: `dvc repro` again goes on from there")
+            raise
+        except OSError as error:
+            sys.exit(f"{error.filename}: {error.strerror}; what was saved before is untouched")
 
 
 if __name__ == "__main__":

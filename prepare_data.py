@@ -13,6 +13,7 @@ import hydra
 from omegaconf import DictConfig
 
 from modeling.config import ConfigError
+from modeling.signals import stopping_on_signals
 from modeling.stage import archive_path, parse_stage
 
 
@@ -23,20 +24,21 @@ def main(values: DictConfig) -> None:
     except ConfigError as error:
         sys.exit(str(error))
 
-    from modeling.preparation import PreparationError, prepare
+    with stopping_on_signals():
+        from modeling.preparation import PreparationError, prepare
 
-    folder = Path(dataset.root) / dataset.name
-    try:
-        manifest, is_new = prepare(
-            dataset.name,
-            folder,
-            archive=archive_path(dataset),
-            urls=dataset.urls,
-            num_images=dataset.num_images,
-            seed=dataset.seed,
-        )
-    except PreparationError as error:
-        sys.exit(str(error))
+        folder = Path(dataset.root) / dataset.name
+        try:
+            manifest, is_new = prepare(
+                dataset.name,
+                folder,
+                archive=archive_path(dataset),
+                urls=dataset.urls,
+                num_images=dataset.num_images,
+                seed=dataset.seed,
+            )
+        except PreparationError as error:
+            sys.exit(str(error))
     counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
     print(f"{folder}: {counts} ({'written' if is_new else 'already there, verified'})")
 

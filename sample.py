@@ -41,11 +41,10 @@ def main(values: DictConfig) -> None:
         config = parse(stored, Config)
         if options.num_steps is not None and options.num_steps > config.diffusion.num_timesteps:
             raise ConfigError(f"num_steps must be at most {config.diffusion.num_timesteps}, got {options.num_steps}")
+        model = build.build_trained_model(config, weights).to(device)
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
 
-    model = build.build_model(config).to(device)
-    model.eps_model.load_state_dict(weights)
     size = (build.IMAGE_CHANNELS, build.IMAGE_SIZE, build.IMAGE_SIZE)
     num_steps = options.num_steps or config.diffusion.num_timesteps
     batches = []

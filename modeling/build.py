@@ -15,7 +15,7 @@ from modeling.config import Config, Model, Optimizer, Runtime
 from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
-from modeling.runtime import resolve_device, resolve_precision
+from modeling.runtime import resolve_device, resolve_precision, use_deterministic_algorithms
 from modeling.seeding import Purpose, derive_seed
 from modeling.tracking import JsonLines, Tracker, WandbTracker
 from modeling.unet import UnetModel
@@ -30,12 +30,37 @@ def _options(section: Model | Optimizer, keys: Iterable[str]) -> dict:
     return {key: value for key in keys if (value := getattr(section, key)) is not None}
 
 
+def build_eps_model(section: Model) -> nn.Module:
+    """The network, with weights from torch's default generator."""
+    keys = ("hidden_size", "multipliers", "num_blocks", "attention_resolutions", "dropout")
+    return MODELS[section.name](IMAGE_CHANNELS, IMAGE_CHANNELS, **_options(section, keys))
+
+
 def build_model(config: Config) -> DiffusionModel:
     """The diffusion model with weights drawn from the run's seed, on the CPU."""
     torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
-    keys = ("hidden_size", "multipliers", "num_blocks", "attention_resolutions", "dropout")
-    eps_model = MODELS[config.model.name](IMAGE_CHANNELS, IMAGE_CHANNELS, **_options(config.model, keys))
-    return build_diffusion(config, eps_model)
+    return build_diffusion(config, build_eps_model(config.model))
+
+
+def build_trained_model(config: Config, weights: dict[str, Tensor]) -> DiffusionModel:
+    """The diffusion model with these weights, on the CPU.
+
+    Raises:
+        ValueError: when the weights are not those of the configured network; before any memory is taken for it, because
+            both may come from a file made to harm.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in build_eps_model(config.model).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != expected:
+        name = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))[0]
+        raise ValueError(
+            f"the weights do not fit {config.model}: {name} is {found.get(name, 'missing')}, "
+            f"expected {expected.get(name, 'nothing of that name')}"
+        )
+    model = build_model(config)
+    model.eps_model.load_state_dict(weights)
+    return model
 
 
 def build_diffusion(config: Config, eps_model: nn.Module) -> DiffusionModel:
@@ -47,7 +72,11 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
     """The optimizer over the model's parameters, wherever they are."""
     options = _options(section, ("lr", "momentum", "weight_decay"))
     is_fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return OPTIMIZERS[section.name](model.parameters(), fused=is_fused, **options)
+    optimizer = OPTIMIZERS[section.name](model.parameters(), fused=is_fused, **options)
+    if section.momentum is not None:  # else a first step that the device skips would leave it uninitialised
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def build_learning_rate(section: Optimizer, last_step: int) -> Callable[[int], float]:
@@ -69,8 +98,8 @@ def build_batches(config: Config, images: Tensor) -> Batches:
     return Batches(images, config.train.batch_size, config.seed, config.train.random_flip)
 
 
-def build_tracker(config: Config, folder: Path, step: int) -> Tracker:
-    """The run's records in its folder, going on at `step`."""
+def build_tracker(config: Config, folder: Path, step: int, wandb_id: str) -> Tracker:
+    """The run's records in its folder, going on at `step`, under this run id of Weights & Biases."""
     wandb = None
     if config.wandb.mode != "disabled":
         wandb = WandbTracker(
@@ -79,11 +108,14 @@ def build_tracker(config: Config, folder: Path, step: int) -> Tracker:
             name=config.wandb.name or folder.name,
             folder=folder,
             config=config.model_dump(),
+            run_id=wandb_id,
         )
     return Tracker(JsonLines(folder / "metrics.jsonl", step), wandb)
 
 
 def build_runtime(section: Runtime) -> tuple[torch.device, str]:
-    """Device and precision, with `auto` resolved."""
+    """Device and precision, with `auto` resolved; makes CUDA deterministic if asked to."""
     device = resolve_device(section.device)
+    if section.deterministic and device.type == "cuda":
+        use_deterministic_algorithms()
     return device, resolve_precision(section.precision, device)

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from modeling.files import locked
 from modeling.progress import progress_bar
 
 MEMBER_SHA256 = {
@@ -109,7 +110,6 @@ def download(urls: Sequence[str], archive: Path) -> None:
     Raises:
         PreparationError: when no address delivers it, with the reason of each.
     """
-    archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_name(archive.name + ".part")
     reasons = []
     for url in urls:
@@ -145,7 +145,9 @@ def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[np.ndarray, np.nda
         PreparationError: when the archive is neither there nor to be had, or not the official data.
     """
     if not archive.is_file():
-        download(urls, archive)
+        with locked(archive.with_name(f".{archive.name}.lock"), wait=True):
+            if not archive.is_file():  # now that another process may have downloaded it
+                download(urls, archive)
     members = read_members(archive)
     batches = {name: unpickle_batch(members[name])[b"data"] for name in members if name != "batches.meta"}
     train = np.concatenate([batches[f"data_batch_{number}"] for number in range(1, 6)])

@@ -4,6 +4,8 @@
 """
 
 import difflib
+import os
+import re
 from typing import Annotated, Literal, Self, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,8 +26,12 @@ def _multiple_of_8(value: int) -> int:
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
-HiddenSize = Annotated[int, Field(gt=0), AfterValidator(_multiple_of_8)]
+HiddenSize = Annotated[int, Field(gt=0, le=4096), AfterValidator(_multiple_of_8)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
+
+# What Weights & Biases, Hugging Face and GitHub hand out as keys.
+_SECRET = re.compile(r"\b([0-9a-f]{40}|wandb_v\d_\w+|hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w+)\b")
 
 
 class Section(BaseModel):
@@ -64,8 +70,8 @@ class Dataset(Section):
 class Model(Section):
     name: Literal["unet", "ddpm"]  # the assignment's, the paper's
     hidden_size: HiddenSize  # base width
-    multipliers: list[PositiveInt] | None  # ddpm: width of each level in units of hidden_size
-    num_blocks: PositiveInt | None  # ddpm: residual blocks a level
+    multipliers: list[Annotated[int, Field(gt=0, le=64)]] | None  # ddpm: width of each level in units of hidden_size
+    num_blocks: Annotated[int, Field(gt=0, le=100)] | None  # ddpm: residual blocks a level
     attention_resolutions: list[PositiveInt] | None  # ddpm: heights with attention; the middle always has it
     dropout: Annotated[float, Field(ge=0, lt=1)] | None  # ddpm
 
@@ -121,6 +127,7 @@ class Train(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     log_every: PositiveInt  # steps
     checkpoint_every: PositiveInt  # steps
+    max_skipped_in_row: PositiveInt  # steps whose loss or gradient is not finite, before the run ends with an error
     sample_every: PositiveInt  # epochs
     num_samples: PositiveInt  # images in a grid
     sample_steps: PositiveInt  # network evaluations of a grid (cut to num_timesteps), eta = 1, x_0 clipped
@@ -131,8 +138,13 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16"]
     compile: bool
+    deterministic: bool  # CUDA: the same bits every time, at some cost; the CPU always is
     num_workers: Annotated[int, Field(ge=0, le=64)]
     output_dir: Text | None  # the run's folder; null: runs/<readable name>-<hash>
+    resume: Text  # auto: from the folder's newest checkpoint; never: from zero; or a checkpoint's path to start from
+    max_seconds: PositiveFloat | None  # then the run saves its state and ends, to be continued by the same command
+    checkpoint_seconds: PositiveFloat | None  # saves after so long even if checkpoint_every is not reached
+    keep_checkpoints: PositiveInt  # the newest ones
 
 
 class Wandb(Section):
@@ -198,6 +210,23 @@ def _line(error: dict, schema: type[BaseModel]) -> str:
     return f"{key}={error['input']}: {message[0].lower()}{message[1:]}"
 
 
+def _refuse_secrets(values: object, key: str = "") -> None:
+    """A value is written into files that people share, so none may be an API key; it is not repeated in the error."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _refuse_secrets(str(name), key)
+            _refuse_secrets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_secrets(value, key)
+    elif isinstance(values, str):
+        known = [secret for name in ("WANDB_API_KEY", "HF_TOKEN") if (secret := os.environ.get(name))]
+        if _SECRET.search(values) or any(secret in values for secret in known):
+            raise ConfigError(
+                f"{key}: looks like an API key, which a run would write into its files: use `wandb login`"
+            )
+
+
 def parse(values: DictConfig | dict, schema: type[SchemaType] = Config) -> SchemaType:
     """Checks composed values against the schema.
 
@@ -207,6 +236,7 @@ def parse(values: DictConfig | dict, schema: type[SchemaType] = Config) -> Schem
     try:
         if isinstance(values, DictConfig):
             values = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
+        _refuse_secrets(values)
         return schema.model_validate(values)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error

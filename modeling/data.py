@@ -1,6 +1,5 @@
 """Prepared uint8 arrays to training batches, each a function of (seed, step)."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from modeling.files import sha256_of
 from modeling.seeding import Purpose, draw_integers, draw_permutation
 
 
@@ -75,8 +75,6 @@ def load_images(folder: str | Path, split: str, manifest: dict) -> Tensor:
     remedy = "run prepare_data.py again"
     if not path.is_file():
         raise ValueError(f"{path} is missing: {remedy}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != manifest["files"][path.name]["sha256"]:
+    if (digest := sha256_of(path)) != manifest["files"][path.name]["sha256"]:
         raise ValueError(f"{path} is not what was prepared (its SHA-256 is {digest}): {remedy}")
     return torch.from_numpy(np.load(path, allow_pickle=False))

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -30,8 +30,18 @@ class Ema:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Moves the average towards the module's weights, after training step `step` (from 0)."""
+    def update(self, module: nn.Module, step: int, unless: Tensor | None = None) -> None:
+        """Moves the average towards the module's weights, after training step `step` (from 0).
+
+        Args:
+            unless: scalar bool on the device; the average stays where it is true (no CPU-GPU sync).
+        """
         ours, theirs = dict(self.module.named_parameters()), dict(module.named_parameters())
         assert ours.keys() == theirs.keys()
-        torch._foreach_lerp_(list(ours.values()), list(theirs.values()), 1 - self.decay_at(step))
+        weight = 1 - self.decay_at(step)
+        if unless is None:
+            torch._foreach_lerp_(list(ours.values()), list(theirs.values()), weight)
+            return
+        changes = torch._foreach_sub(list(theirs.values()), list(ours.values()))
+        torch._foreach_mul_(changes, torch.where(unless, 0.0, weight))
+        torch._foreach_add_(list(ours.values()), changes)

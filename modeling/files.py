@@ -1,30 +1,99 @@
-"""Files of a run: written whole or not at all; and the version of the code."""
+"""Files of a run: written whole or not at all, locked against a second process; and the version of the code."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_PARTIAL = ".partial"
 
-def write_atomically(path: str | Path, content: bytes) -> None:
+
+class LockedError(Exception):
+    """Another process holds the lock; the message names it."""
+
+
+def write_atomically(
+    path: str | Path, content: bytes | memoryview, check: Callable[[Path], None] | None = None
+) -> None:
     """Writes a file as a whole or not at all, creating its folder; a crash leaves what was there before.
 
+    Args:
+        check: called with the written file before it takes its place; what it raises leaves the old one there.
+
     Raises:
-        OSError: when the disk refuses; the temporary file is removed.
+        OSError: when the disk refuses, naming `path`; the temporary file is removed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would lock out a shared folder's other readers
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would lock out a shared folder's other readers
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if check is not None:
+                check(Path(temporary))
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's names, survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what a killed process's `write_atomically` left; only under a lock that keeps others from writing."""
+    for path in folder.rglob(f".*{_PARTIAL}"):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds a file as a lock, creating it; the system frees it when the process ends, in whatever way.
+
+    Args:
+        wait: until another process has freed it, instead of raising.
+
+    Raises:
+        LockedError: when another process holds it.
+        OSError: where it cannot be created or locked, naming `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            # A POSIX lock, of the process: forked loader workers, which may outlive a killed parent, do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            file.seek(0)
+            raise LockedError(f"process {file.read().strip() or 'unknown'} is at work there") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_sha256() -> str:
@@ -32,5 +101,5 @@ def code_sha256() -> str:
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted([package.parent / "main.py", *package.glob("*.py")]):
-        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()

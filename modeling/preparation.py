@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling.cifar10 import PreparationError, load_cifar10
+from modeling.files import locked, sha256_of
 from modeling.progress import progress_bar
 from modeling.shapes import draw_shapes
 
@@ -55,18 +56,21 @@ def _is_valid(folder: Path, wanted: dict) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, entry in manifest["files"].items():
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    return False
+            if sha256_of(folder / name) != entry["sha256"]:
+                return False
     except (OSError, ValueError, KeyError):
         return False
     return manifest["dataset"] == wanted and set(manifest["files"]) == {"train.npy", "test.npy"}
 
 
+def _leftovers(folder: Path) -> list[Path]:
+    """What a killed process has left of making `folder`, or what another one is making just now."""
+    return list(folder.parent.glob(f".{folder.name}.new.*"))
+
+
 def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Puts a folder with these files in the place of `folder`; until the last moment the old one stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new."))
     old = temporary.with_name(temporary.name + ".old")
     try:
         temporary.chmod(0o755)
@@ -81,6 +85,29 @@ def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _prepare(wanted: dict, folder: Path, archive: Path | None, urls: Sequence[str] | None) -> dict:
+    name = wanted["name"]
+    train, test = _load(name, archive, urls, wanted["num_images"], wanted["seed"])
+    arrays = {"train.npy": train, "test.npy": test}
+    files = {file: _npy_bytes(array) for file, array in arrays.items()}
+    manifest = {
+        "dataset": wanted,
+        "source": SOURCES[name],
+        "files": {
+            file: {
+                "sha256": hashlib.sha256(files[file]).hexdigest(),
+                "count": len(array),
+                "shape": list(array.shape),
+                "dtype": str(array.dtype),
+            }
+            for file, array in arrays.items()
+        },
+    }
+    files["manifest.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
+    _replace_folder(folder, files)
+    return manifest
 
 
 def prepare(
@@ -109,31 +136,18 @@ def prepare(
         PreparationError: when the data cannot be had or stored, with the remedy; what was there before stays.
     """
     wanted = {"name": name, "num_images": num_images, "seed": seed}
-    if _is_valid(folder, wanted):
-        return json.loads((folder / "manifest.json").read_text()), False
     try:
-        train, test = _load(name, archive, urls, num_images, seed)
-        arrays = {"train.npy": train, "test.npy": test}
-        files = {file: _npy_bytes(array) for file, array in arrays.items()}
-        manifest = {
-            "dataset": wanted,
-            "source": SOURCES[name],
-            "files": {
-                file: {
-                    "sha256": hashlib.sha256(files[file]).hexdigest(),
-                    "count": len(array),
-                    "shape": list(array.shape),
-                    "dtype": str(array.dtype),
-                }
-                for file, array in arrays.items()
-            },
-        }
-        files["manifest.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
-        _replace_folder(folder, files)
+        if _is_valid(folder, wanted) and not _leftovers(folder):
+            return json.loads((folder / "manifest.json").read_text()), False  # also where nothing can be written
+        with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
+            for leftover in _leftovers(folder):
+                shutil.rmtree(leftover)
+            if _is_valid(folder, wanted):
+                return json.loads((folder / "manifest.json").read_text()), False
+            return _prepare(wanted, folder, archive, urls), True
     except OSError as error:
         place = error.filename or folder
         raise PreparationError(
             f"{place}: {error.strerror or error}: free some space or change its permissions, "
             "or set dataset.root (prepared data) or dataset.archive (the archive) to another place"
         ) from error
-    return manifest, True

@@ -1,54 +1,47 @@
-"""One run, from a configuration to its folder: builds the objects, trains, samples, measures, records.
-
-The folder holds config.yaml, metrics.jsonl, metrics.json, samples/, checkpoints/last.pt (the full state), and
-model.safetensors (averaged weights). metrics.json is written last: where it stands, the run is finished.
-"""
+"""The objects of a run, and what happens to them between training steps: loading, saving, sampling, measuring."""
 
 import json
-import shutil
+import platform
+import sys
 from pathlib import Path
 
 import torch
 
 from modeling import build
-from modeling.checkpoint import CheckpointError, export_weights, load_checkpoint, save_checkpoint
+from modeling.checkpoint import CheckpointError, load_fitting
 from modeling.config import Config, to_yaml
 from modeling.data import load_images
 from modeling.ema import Ema
 from modeling.evaluation import denoising_loss
-from modeling.files import code_sha256, write_atomically
-from modeling.images import save_grid
+from modeling.files import sha256_of, write_atomically
 from modeling.progress import progress_bar
+from modeling.run_folder import RunError, RunFolder, describe_state
+from modeling.run_step import TrainState
 from modeling.runtime import autocast, keep_freed_memory, peak_memory_bytes
 from modeling.samplers import sample_respaced
 from modeling.seeding import image_noise
-from modeling.stage import run_name
+from modeling.stage import describe_differences, run_length
 from modeling.tracking import Tracker, write_csv
-from modeling.training import RunStep, TrainState, fit, generate_samples
-
-ARTEFACTS = ("config.yaml", "metrics.json", "metrics.jsonl", "loss.csv", "heldout.csv", "samples", "model.safetensors")
-
-
-class RunError(Exception):
-    """A run that cannot be started; the message says what stands in its way."""
+from modeling.training import generate_samples
 
 
 class Run:
-    """The objects of a run, and what happens to them between training steps.
+    """A configuration become objects.
 
     Args:
         config: the validated configuration.
         manifest: of the prepared data.
+        folder: the run's own.
+        device, precision: as `build_runtime` found them.
 
     Raises:
-        RunError: for a device that is not here, or data that is not what was prepared.
+        RunError: for data that is not what was prepared.
     """
 
-    def __init__(self, config: Config, manifest: dict):
-        self.config = config
-        self.data_sha256, self.code_sha256 = manifest["files"]["train.npy"]["sha256"], code_sha256()
+    def __init__(self, config: Config, manifest: dict, folder: RunFolder, device: torch.device, precision: str):
+        self.config, self.folder, self.device, self.precision = config, folder, device, precision
+        self.last_step = run_length(config, manifest)
         try:
-            self.device, self.precision = build.build_runtime(config.runtime)
             data = Path(config.dataset.root) / config.dataset.name
             self.images = {split: load_images(data, split, manifest) for split in ("train", "test")}
             self.batches = build.build_batches(config, self.images["train"])
@@ -56,12 +49,6 @@ class Run:
             raise RunError(str(error)) from error
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.last_step = self.batches.steps_per_epoch * config.train.num_epochs
-        if config.train.max_steps is not None:
-            self.last_step = min(self.last_step, config.train.max_steps)
-        self.name = run_name(config, self.last_step, self.data_sha256, self.code_sha256)
-        self.folder = Path(config.runtime.output_dir or f"runs/{self.name}")
-
         self.model = build.build_model(config)
         self.ema = Ema(self.model.eps_model, config.train.ema_decay)
         self.ema_model = build.build_diffusion(config, self.ema.module).to(self.device)
@@ -70,18 +57,6 @@ class Run:
         if config.runtime.compile:
             self.model.eps_model.compile()
         self.state = TrainState()
-
-    @property
-    def checkpoint_path(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.json"
-
-    @property
-    def is_finished(self) -> bool:
-        return self.metrics_path.exists() and json.loads(self.metrics_path.read_text())["steps"] == self.last_step
 
     @property
     def num_parameters(self) -> int:
@@ -97,36 +72,48 @@ class Run:
             f"device      {self.device}{threads}, {self.precision}\n"
             f"training    {self.last_step:,} steps of {self.batches.batch_size} images, "
             f"{self.batches.steps_per_epoch:,} steps an epoch{at}\n"
-            f"run folder  {self.folder}/\n"
+            f"run folder  {self.folder.path}/\n"
         )
 
-    def claim_folder(self) -> None:
-        """Makes the folder this run's own; raises RunError where it holds another run or any other files."""
-        marker = self.folder / "run.json"
-        found = json.loads(marker.read_text())["run"] if marker.exists() else None
-        if found != self.name and self.folder.exists() and any(self.folder.iterdir()):
-            holder = f"the run {found}" if found else "other files"
-            raise RunError(f"{self.folder} holds {holder}, not {self.name}: set runtime.output_dir to another folder")
-        write_atomically(marker, (json.dumps({"run": self.name}) + "\n").encode())
-        write_atomically(self.folder / "config.yaml", to_yaml(self.config).encode())
+    @property
+    def environment(self) -> dict:
+        """What the result's last bits depend on, beside the identity."""
+        return {
+            "torch": str(torch.__version__),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+        }
 
-    def load(self) -> None:
-        """Takes up the folder's checkpoint, if it has one."""
-        if not self.checkpoint_path.exists():
+    def load(self, origin: dict | None) -> None:
+        """Takes up the folder's newest valid checkpoint, or else the one to start from.
+
+        Args:
+            origin: the checkpoint named by `runtime.resume`, if one is.
+
+        Raises:
+            RunError: when none of the folder's checkpoints is valid, or one does not fit.
+        """
+        content = self.folder.load_newest()
+        if content is None:
+            content = origin
+        if content is None:
             return
+        self.folder.parent = describe_state(content)
         try:
-            content = load_checkpoint(self.checkpoint_path)
-        except CheckpointError as error:
-            raise RunError(f"{error}; delete {self.folder} to start anew") from error
-        self.state = TrainState(**content["state"])
-        self.model.eps_model.load_state_dict(content["model"])
-        self.ema.module.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
+            self.state = TrainState(**content["state"])
+            load_fitting(self.model.eps_model, content["model"], self.folder.path)
+            load_fitting(self.ema.module, content["ema"], self.folder.path)
+            load_fitting(self.optimizer, content["optimizer"], self.folder.path)
+        except (CheckpointError, TypeError) as error:
+            raise RunError(f"the checkpoint cannot be taken up: {error}") from error
+        if how := describe_differences(content["about"].get("environment", {}), self.environment):
+            print(f"warning: the result may differ in the last bits from that of one run ({how})", file=sys.stderr)
 
     def save(self, state: TrainState) -> None:
         """Writes the checkpoint."""
-        save_checkpoint(
-            self.checkpoint_path,
+        self.folder.save(
+            about={"images": state.step * self.batches.batch_size, "environment": self.environment},
             config=self.config.model_dump(),
             state=state,
             model=self.model.eps_model,
@@ -143,7 +130,7 @@ class Run:
                 grid = generate_samples(
                     model,
                     self.device,
-                    self.folder / "samples" / kind / f"{step}.png",
+                    self.folder.path / "samples" / kind / f"{step}.png",
                     num_samples=count,
                     size=size,
                     sampler=sample_respaced,
@@ -166,117 +153,30 @@ class Run:
                 )
         tracker.log(self.state.step, losses)
         write_csv(
-            self.folder / "loss.csv", tracker.lines.rows(), ["step", "train/loss", "train/loss_smoothed", "train/lr"]
+            self.folder.path / "loss.csv",
+            tracker.lines.rows(),
+            ["step", "train/loss", "train/loss_smoothed", "train/lr"],
         )
         by_bin = [
             {"timesteps": name, "raw": raw, "ema": bins["eval/heldout_ema"][name]}
             for name, raw in bins["eval/heldout_raw"].items()
         ]
-        write_csv(self.folder / "heldout.csv", by_bin, ["timesteps", "raw", "ema"])
+        write_csv(self.folder.path / "heldout.csv", by_bin, ["timesteps", "raw", "ema"])
         num_images = self.state.step * self.batches.batch_size
         metrics = losses | {
             "train/loss_smoothed": self.state.loss_smoothed,
             "bins": bins,
             "steps": self.state.step,
+            "skipped_steps": self.state.num_skipped,
             "images": num_images,
             "parameters": self.num_parameters,
             "seconds": self.state.seconds,
             "images_per_second": num_images / self.state.seconds,
             "memory_bytes": peak_memory_bytes(),
             "seed": self.config.seed,
-            "data_sha256": self.data_sha256,
-            "code_sha256": self.code_sha256,
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
-            "precision": self.precision,
+            "data_sha256": self.folder.identity["data"],
+            "code_sha256": self.folder.identity["code"],
+            "weights_sha256": sha256_of(self.folder.path / "model.safetensors"),
+            **self.environment,
         }
-        write_atomically(self.metrics_path, (json.dumps(metrics, indent=2) + "\n").encode())
-
-
-def train(config: Config, manifest: dict, *, replace: bool = False) -> Path:
-    """Trains, samples and measures; goes on from the folder's checkpoint if there is one.
-
-    Args:
-        config: the validated configuration.
-        manifest: of the prepared data.
-        replace: where the folder's run is longer than the one asked for, starts anew instead of refusing.
-
-    Returns:
-        The run's folder.
-
-    Raises:
-        RunError: when the run cannot be started, before any compute.
-        FloatingPointError: for a loss that is not finite, naming the step.
-    """
-    run = Run(config, manifest)
-    run.claim_folder()
-    run.load()
-    if run.state.step > run.last_step:
-        longer = f"{run.folder} holds this run with {run.state.step} steps, more than the {run.last_step} asked for"
-        if not replace:
-            raise RunError(f"{longer}: set runtime.output_dir to another folder")
-        print(f"{longer}: starting anew")
-        shutil.rmtree(run.folder)
-        return train(config, manifest)
-    if run.is_finished:
-        print(f"{run.folder}: this run is finished, nothing to do")
-        return run.folder
-    print(run.describe(), flush=True)
-
-    tracker = build.build_tracker(config, run.folder, run.state.step)
-    tracker.artifact(run.folder / "config.yaml", "config", "config")
-    inputs = save_grid(run.batches[0][: config.train.num_samples], run.folder / "samples" / "inputs.png")
-    tracker.image(0, "inputs", inputs)
-    with progress_bar(total=run.last_step, initial=run.state.step, unit="step", desc="training") as bar:
-
-        def log(step: int, metrics: dict[str, float]) -> None:
-            tracker.log(step, metrics)
-            bar.set_postfix_str(
-                f"epoch {metrics['epoch']}, loss {metrics['train/loss_smoothed']:.4f}, "
-                f"lr {metrics['train/lr']:.1e}, {metrics['images_per_second']:.0f} images/s",
-                refresh=False,
-            )
-
-        step = RunStep(
-            state=run.state,
-            ema=run.ema,
-            learning_rate=build.build_learning_rate(config.optimizer, run.last_step),
-            seed=config.seed,
-            steps_per_epoch=run.batches.steps_per_epoch,
-            log=log,
-            log_every=config.train.log_every,
-            save=run.save,
-            checkpoint_every=config.train.checkpoint_every,
-            last_step=run.last_step,
-            precision=run.precision,
-            max_grad_norm=config.optimizer.max_grad_norm,
-        )
-        fit(
-            run.model,
-            run.batches,
-            run.optimizer,
-            run.device,
-            step=step,
-            sample=lambda step: run.sample(step, tracker),
-            sample_every=config.train.sample_every,
-            num_workers=config.runtime.num_workers,
-            bar=bar,
-        )
-    if not (run.folder / "samples" / "ema" / f"{run.last_step}.png").exists():
-        run.sample(run.last_step, tracker)  # a run that was stopped between its last step and its last grid
-    export_weights(run.folder / "model.safetensors", run.ema.module, config.model_dump())
-    run.measure(tracker)
-    tracker.finish()
-    print(f"samples     {run.folder}/samples/ema/{run.last_step}.png\nmetrics     {run.metrics_path}")
-    return run.folder
-
-
-def publish(folder: Path, target: Path) -> None:
-    """Copies a finished run's artefacts to `target`, each in the place of its predecessor."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ARTEFACTS:
-        if (folder / name).is_dir():
-            shutil.rmtree(target / name, ignore_errors=True)
-            shutil.copytree(folder / name, target / name)
-        else:
-            shutil.copyfile(folder / name, target / name)
+        write_atomically(self.folder.metrics_path, (json.dumps(metrics, indent=2) + "\n").encode())

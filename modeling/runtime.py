@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 import resource
 import sys
@@ -64,6 +65,16 @@ def keep_freed_memory() -> bool:
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(m_mmap_max, 0)) and bool(libc.mallopt(m_trim_threshold, -1))
+
+
+def use_deterministic_algorithms() -> None:
+    """Makes CUDA give the same bits every time; on the CPU it always does.
+
+    Call it before the first CUDA kernel: cuBLAS reads its workspace's size once.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def peak_memory_bytes() -> int:

@@ -29,6 +29,17 @@ TINY = [
 ]
 
 
+def equal(first, second) -> bool:
+    """Whether two nested structures of tensors and plain values are the same to the bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

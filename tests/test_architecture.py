@@ -1,4 +1,4 @@
-"""The rules between modules: who may import whom, what importing costs, what may not occur."""
+"""The rules between modules: who may import whom, and what importing costs."""
 
 import ast
 import subprocess
@@ -21,6 +21,7 @@ ALLOWED = {
     "samplers": {"diffusion"},
     "seeding": set(),
     "files": set(),
+    "signals": set(),
     "progress": set(),
     "ema": set(),
     "shapes": set(),
@@ -28,17 +29,23 @@ ALLOWED = {
     "config": set(),
     "stage": {"config"},
     "images": {"files"},
-    "data": {"seeding"},
+    "data": {"files", "seeding"},
     "checkpoint": {"files"},
     "tracking": {"files"},
-    "cifar10": {"progress"},
-    "preparation": {"cifar10", "shapes", "progress"},
-    "training": {"data", "diffusion", "ema", "images", "progress", "runtime", "samplers", "seeding"},
+    "cifar10": {"files", "progress"},
+    "preparation": {"cifar10", "files", "shapes", "progress"},
+    "run_step": {"diffusion", "ema", "images", "runtime", "seeding", "signals"},
+    "training": {"data", "diffusion", "images", "progress", "run_step", "runtime"},
     "evaluation": {"diffusion", "images", "progress", "runtime", "samplers", "seeding"},
     "build": {"config", "data", "ddpm_unet", "diffusion", "runtime", "seeding", "tracking", "unet"},
+    "run_folder": {"checkpoint", "files", "stage"},
     "run": {
-        "build", "checkpoint", "config", "data", "ema", "evaluation", "files", "images", "progress", "runtime",
-        "samplers", "seeding", "stage", "tracking", "training",
+        "build", "checkpoint", "config", "data", "ema", "evaluation", "files", "progress", "run_folder", "run_step",
+        "runtime", "samplers", "seeding", "stage", "tracking", "training",
+    },
+    "session": {
+        "build", "checkpoint", "config", "files", "images", "progress", "run", "run_folder", "run_step", "signals",
+        "stage", "training",
     },
 }  # fmt: skip
 
@@ -100,16 +107,3 @@ def test_the_training_library_needs_torch_and_tqdm_alone():
 @pytest.mark.parametrize("name", ["main", "prepare_data", "sample"])
 def test_a_script_is_checked_before_anything_heavy_is_imported(name):
     assert not loaded_by(f"import {name}") & {"torch", "torchvision", "numpy", "wandb"}
-
-
-def test_configuration_and_checkpoints_cannot_name_code():
-    """No unguarded unpickling, no import by a name from a file, in code or configuration."""
-    for path in [*MODULES, *SCRIPTS]:
-        tree = ast.parse(path.read_text())
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            name = ast.unparse(call.func)
-            assert name not in {"eval", "exec", "__import__", "pickle.load", "pickle.loads", "hydra.utils.instantiate"}
-            if name == "torch.load":
-                assert {"weights_only": "True"}.items() <= {k.arg: ast.unparse(k.value) for k in call.keywords}.items()
-    for path in (ROOT / "conf").rglob("*.yaml"):
-        assert "_target_" not in path.read_text()

@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from modeling.config import Config, ConfigError, SampleConfig, parse, to_yaml
-from modeling.stage import archive_path, parse_stage, read_manifest, run_name
+from modeling.stage import archive_path, describe_differences, identify, parse_stage, read_manifest, run_name
 from tests.conftest import ROOT
 
 GROUPS = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").glob("*/*.yaml"))
@@ -164,9 +164,14 @@ def test_every_leaf_of_the_schema_is_in_params_yaml_and_the_other_way_round():
 
 
 NO_EFFECT_ON_THE_NAME = {
-    "dataset.root", "dataset.archive", "dataset.urls", "train.num_epochs", "train.max_steps", "runtime.num_workers",
-    "runtime.output_dir", "wandb.mode", "wandb.project", "wandb.name",
+    "dataset.root", "dataset.archive", "dataset.urls", "train.num_epochs", "train.max_steps", "train.checkpoint_every",
+    "runtime.num_workers", "runtime.output_dir", "runtime.resume", "runtime.max_seconds", "runtime.checkpoint_seconds",
+    "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
 }  # fmt: skip
+
+
+def name_of(config: Config, num_steps=1000, data="data", code="code", origin=None) -> str:
+    return run_name(identify(config, num_steps, data, code, origin))
 
 
 @pytest.mark.parametrize("key", sorted(leaves(yaml.safe_load((ROOT / "params.yaml").read_text()))))
@@ -179,7 +184,7 @@ def test_a_run_is_named_by_what_can_change_its_result(compose_config, key):
         section = section[name]
     section[leaf] = changed(section[leaf])
     after = construct(Config, values)
-    is_same = run_name(before, 1000, "data", "code") == run_name(after, 1000, "data", "code")
+    is_same = name_of(before) == name_of(after)
     assert is_same == (key in NO_EFFECT_ON_THE_NAME)
 
 
@@ -194,11 +199,23 @@ def construct(schema, values):
 
 def test_the_length_of_a_run_counts_where_the_learning_rate_depends_on_it(compose_config):
     cosine, constant = (parse(compose_config(f"optimizer.lr_schedule={name}")) for name in ("cosine", "constant"))
-    assert run_name(cosine, 1000, "d", "c") != run_name(cosine, 2000, "d", "c")
-    assert run_name(constant, 1000, "d", "c") == run_name(constant, 2000, "d", "c")
-    assert run_name(constant, 1000, "d", "c") != run_name(constant, 50, "d", "c")  # there warm-up is cut
-    assert run_name(constant, 1000, "d", "c") != run_name(constant, 1000, "other", "c")
-    assert run_name(constant, 1000, "d", "c") != run_name(constant, 1000, "d", "other")
+    assert name_of(cosine, 1000) != name_of(cosine, 2000)
+    assert name_of(constant, 1000) == name_of(constant, 2000)
+    assert name_of(constant, 1000) != name_of(constant, 50)  # there warm-up is cut
+
+
+def test_data_code_and_the_checkpoint_it_started_from_belong_to_a_runs_name(compose_config):
+    config = parse(compose_config())
+    names = [name_of(config), name_of(config, data="d"), name_of(config, code="c"), name_of(config, origin="run@7")]
+    assert len(set(names)) == 4
+
+
+def test_differences_are_told_key_by_key():
+    found = {"seed": 1, "model": {"name": "unet", "hidden_size": 8}, "data": "a"}
+    wanted = {"seed": 1, "model": {"name": "ddpm", "hidden_size": 8}, "code": "b"}
+    assert describe_differences(found, wanted) == (
+        "code: None there, b here; data: a there, None here; model.name: unet there, ddpm here"
+    )
 
 
 def test_data_that_is_not_prepared_names_the_command(compose_config, tmp_path, tiny_data):
@@ -217,6 +234,37 @@ def test_inside_a_dvc_stage_only_params_yaml_runs(compose_config, monkeypatch):
     parse_stage(compose_config())
     with pytest.raises(ConfigError, match=r"must be those of params\.yaml"):
         parse_stage(compose_config("optimizer.lr=0.5"))
+
+
+def test_a_recorded_stage_starts_from_no_file(compose_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("DVC_STAGE", "train")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("resume: auto", "resume: a.pt"))
+    with pytest.raises(ConfigError, match="runtime.resume=a.pt: a recorded stage cannot start from a file"):
+        parse_stage(compose_config("runtime.resume=a.pt"))
+
+
+KEYS = ["0123456789abcdef" * 2 + "01234567", "wandb_v1_" + "Ab3" * 20, "hf_" + "aB1" * 12, "ghp_" + "aB1" * 12]
+
+
+@pytest.mark.parametrize("secret", KEYS)
+@pytest.mark.parametrize(
+    "override", ["wandb.name={}", "wandb.project=x-{}", "+wandb.api_key={}", "dataset.urls=[http://{}@host/a]"]
+)
+def test_an_api_key_anywhere_is_refused_and_not_repeated(compose_config, secret, override):
+    with pytest.raises(ConfigError, match="looks like an API key") as caught:
+        parse(compose_config(override.format(secret)))
+    assert secret not in str(caught.value)
+
+
+def test_the_key_in_the_environment_is_refused_whatever_it_looks_like(compose_config, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "local-short-key")
+    with pytest.raises(ConfigError, match=r"wandb\.name: looks like an API key"):
+        parse(compose_config("wandb.name=${oc.env:WANDB_API_KEY}"))
+
+
+def test_ordinary_values_are_no_keys(compose_config):
+    parse(compose_config("wandb.name=run-2026-11-20", "dataset.urls=[https://host/" + "a" * 80 + "]"))
 
 
 def test_the_archive_lies_in_the_original_repository_even_in_dvcs_copy(compose_config, monkeypatch):
