@@ -6,6 +6,7 @@ Both are written whole or not at all, and loading either executes nothing.
 import hashlib
 import io
 import json
+import os
 import pickle
 import zipfile
 from dataclasses import asdict
@@ -80,6 +81,7 @@ def save_checkpoint(
     model: nn.Module,
     ema: nn.Module,
     optimizer: Optimizer,
+    keep_as: Path | None = None,
 ) -> None:
     """Writes everything a run needs to go on, and reads it back before it takes the place of what was there.
 
@@ -89,6 +91,7 @@ def save_checkpoint(
         state: the dataclass of a run's counters.
         model: the eps model that is trained.
         ema: the eps model with averaged weights.
+        keep_as: the name that the file which was at `path` gets, at the last moment; None: it is replaced.
 
     Raises:
         FloatingPointError: for a value that is not finite; nothing is written.
@@ -116,6 +119,8 @@ def save_checkpoint(
             load_checkpoint(written)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: the disk does not give back what was written ({error})") from error
+        if keep_as is not None:
+            os.replace(path, keep_as)
 
     write_atomically(path, buffer.getbuffer(), check)
 

@@ -110,6 +110,7 @@ def download(urls: Sequence[str], archive: Path) -> None:
     Raises:
         PreparationError: when no address delivers it, with the reason of each.
     """
+    archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_name(archive.name + ".part")
     reasons = []
     for url in urls:

@@ -64,7 +64,7 @@ def _is_valid(folder: Path, wanted: dict) -> bool:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """What a killed process has left of making `folder`, or what another one is making just now."""
+    """What a killed process has left of making `folder`; also what another one is making, which holds the lock."""
     return list(folder.parent.glob(f".{folder.name}.new.*"))
 
 
@@ -87,14 +87,13 @@ def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _prepare(wanted: dict, folder: Path, archive: Path | None, urls: Sequence[str] | None) -> dict:
-    name = wanted["name"]
-    train, test = _load(name, archive, urls, wanted["num_images"], wanted["seed"])
+def _files(wanted: dict, train: np.ndarray, test: np.ndarray) -> dict[str, bytes]:
+    """What the folder will hold: both arrays, and the manifest that describes them."""
     arrays = {"train.npy": train, "test.npy": test}
     files = {file: _npy_bytes(array) for file, array in arrays.items()}
     manifest = {
         "dataset": wanted,
-        "source": SOURCES[name],
+        "source": SOURCES[wanted["name"]],
         "files": {
             file: {
                 "sha256": hashlib.sha256(files[file]).hexdigest(),
@@ -105,9 +104,7 @@ def _prepare(wanted: dict, folder: Path, archive: Path | None, urls: Sequence[st
             for file, array in arrays.items()
         },
     }
-    files["manifest.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
-    _replace_folder(folder, files)
-    return manifest
+    return files | {"manifest.json": (json.dumps(manifest, indent=2) + "\n").encode()}
 
 
 def prepare(
@@ -137,17 +134,19 @@ def prepare(
     """
     wanted = {"name": name, "num_images": num_images, "seed": seed}
     try:
-        if _is_valid(folder, wanted) and not _leftovers(folder):
-            return json.loads((folder / "manifest.json").read_text()), False  # also where nothing can be written
-        with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
-            for leftover in _leftovers(folder):
-                shutil.rmtree(leftover)
-            if _is_valid(folder, wanted):
-                return json.loads((folder / "manifest.json").read_text()), False
-            return _prepare(wanted, folder, archive, urls), True
+        is_valid = _is_valid(folder, wanted)
+        if not is_valid:
+            files = _files(wanted, *_load(name, archive, urls, num_images, seed))
+        if not is_valid or _leftovers(folder):
+            with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
+                for leftover in _leftovers(folder):
+                    shutil.rmtree(leftover)
+                if not is_valid:
+                    _replace_folder(folder, files)
     except OSError as error:
         place = error.filename or folder
         raise PreparationError(
             f"{place}: {error.strerror or error}: free some space or change its permissions, "
             "or set dataset.root (prepared data) or dataset.archive (the archive) to another place"
         ) from error
+    return json.loads((folder / "manifest.json").read_text()), not is_valid

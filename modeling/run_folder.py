@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import secrets
 import shutil
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from modeling.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from modeling.files import LockedError, locked, remove_partial_files, sync, write_atomically
+from modeling.files import LockedError, locked, remove_partial_files, write_atomically
 from modeling.stage import describe_differences, differences, run_name
 
 _LOCK, _MARKER = "lock", "run.json"
@@ -165,13 +164,10 @@ class RunFolder:
             "wandb_id": self.wandb_id,
             "step": state.step,
         } | about
-        last = self.last_checkpoint
-        new = last.with_name(f".{last.name}.partial")
-        save_checkpoint(new, about=about, state=state, **content)
+        last, keep_as = self.last_checkpoint, None
         if self._last_step is not None:  # else there is none, or it is damaged
-            os.replace(last, last.with_name(f"{self._last_step}.pt"))
-        os.replace(new, last)
-        sync(last.parent)
+            keep_as = last.with_name(f"{self._last_step}.pt")
+        save_checkpoint(last, about=about, state=state, keep_as=keep_as, **content)
         self._last_step = state.step
         for path in self._checkpoints()[self.num_checkpoints :]:
             path.unlink()

@@ -61,6 +61,33 @@ def device(request) -> str:
     return request.param
 
 
+def pytest_runtest_makereport(item, call):
+    """Notes which row of docs/faults.md a test holds."""
+    if call.when == "setup":
+        item.user_properties += [("fault", marker.args[0]) for marker in item.iter_markers("fault")]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """`make test-faults` ends with the matrix of faults and outcomes."""
+    if config.getoption("markexpr") != "fault":
+        return
+    rows: dict[str, dict] = {}
+    for outcome in ("passed", "failed", "skipped", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            is_result = report.when == "call" or outcome != "passed"
+            for name, value in report.user_properties if is_result else ():
+                if name == "fault":
+                    row = rows.setdefault(value, {"passed": 0, "failed": 0, "skipped": 0, "error": 0, "outcomes": []})
+                    row[outcome] += 1
+                    row["outcomes"] += [text for key, text in report.user_properties if key == "outcome"]
+    terminalreporter.section("faults and outcomes")
+    for fault, row in sorted(rows.items()):
+        counts = ", ".join(f"{row[name]} {name}" for name in ("passed", "failed", "skipped", "error") if row[name])
+        terminalreporter.write_line(f"{fault}: {counts}")
+        for text in row["outcomes"]:
+            terminalreporter.write_line(f"    {text}")
+
+
 @pytest.fixture
 def compose_config():
     """Composes the project's configuration with overrides, as the command line does."""

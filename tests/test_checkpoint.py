@@ -90,6 +90,7 @@ NON_FINITE = {
 
 
 @pytest.mark.parametrize("name", NON_FINITE)
+@pytest.mark.fault("not finite")
 def test_what_is_not_finite_is_not_saved_and_leaves_the_file_before_it(tmp_path, name):
     save(tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
@@ -100,6 +101,7 @@ def test_what_is_not_finite_is_not_saved_and_leaves_the_file_before_it(tmp_path,
 
 
 @pytest.mark.parametrize("name", NON_FINITE)
+@pytest.mark.fault("damaged checkpoint")
 def test_what_is_not_finite_is_not_loaded(tmp_path, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr("modeling.checkpoint._non_finite", lambda value, name: None)
@@ -113,6 +115,7 @@ def test_large_finite_values_are_finite(tmp_path):
     assert load_checkpoint(tmp_path / "last.pt")["model"]["weight"].max() == 3e38
 
 
+@pytest.mark.fault("disk")
 def test_a_disk_that_does_not_give_back_what_was_written_is_an_error(tmp_path, monkeypatch):
     save(tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
@@ -205,6 +208,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.fault("hostile checkpoint")
 def test_what_is_no_checkpoint_is_refused_and_executes_nothing(tmp_path, suffix, kind):
     path, canary = tmp_path / f"model{suffix}", tmp_path / "canary"
     write_hostile(path, kind, canary)
@@ -213,6 +217,7 @@ def test_what_is_no_checkpoint_is_refused_and_executes_nothing(tmp_path, suffix,
     assert not canary.exists()
 
 
+@pytest.mark.fault("hostile checkpoint")
 def test_a_zip_bomb_is_refused_at_once_and_takes_no_memory(tmp_path):
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a/data.pkl", "w") as file:
@@ -229,6 +234,7 @@ def test_a_zip_bomb_is_refused_at_once_and_takes_no_memory(tmp_path):
     assert time.perf_counter() - started < 1
 
 
+@pytest.mark.fault("hostile checkpoint")
 def test_a_bomb_of_overlapping_members_is_refused(tmp_path):
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w") as archive:
@@ -243,6 +249,7 @@ def test_a_bomb_of_overlapping_members_is_refused(tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.fault("hostile checkpoint")
 def test_a_checkpoint_with_an_endless_structure_is_refused(tmp_path):
     torch.save({"format": FORMAT, "config": ["x" * 100 + str(n) for n in range(200_000)]}, tmp_path / "big.pt")
     seal(tmp_path / "big.pt")
@@ -250,6 +257,7 @@ def test_a_checkpoint_with_an_endless_structure_is_refused(tmp_path):
         load_checkpoint(tmp_path / "big.pt")
 
 
+@pytest.mark.fault("damaged checkpoint")
 def test_every_flipped_bit_is_found(tmp_path):
     """Also in padding, headers and the checksum itself; in a third of the positions one of the eight bits."""
     path = tmp_path / "last.pt"

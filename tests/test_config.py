@@ -139,6 +139,7 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
         ),
     ],
 )  # fmt: skip
+@pytest.mark.fault("wrong input")
 def test_a_wrong_value_is_one_line_with_key_value_and_expectation(compose_config, overrides, lines):
     with pytest.raises(ConfigError) as caught:
         parse(compose_config(*overrides))
@@ -251,12 +252,14 @@ KEYS = ["0123456789abcdef" * 2 + "01234567", "wandb_v1_" + "Ab3" * 20, "hf_" + "
 @pytest.mark.parametrize(
     "override", ["wandb.name={}", "wandb.project=x-{}", "+wandb.api_key={}", "dataset.urls=[http://{}@host/a]"]
 )
+@pytest.mark.fault("API key")
 def test_an_api_key_anywhere_is_refused_and_not_repeated(compose_config, secret, override):
     with pytest.raises(ConfigError, match="looks like an API key") as caught:
         parse(compose_config(override.format(secret)))
     assert secret not in str(caught.value)
 
 
+@pytest.mark.fault("API key")
 def test_the_key_in_the_environment_is_refused_whatever_it_looks_like(compose_config, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "local-short-key")
     with pytest.raises(ConfigError, match=r"wandb\.name: looks like an API key"):

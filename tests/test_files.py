@@ -35,6 +35,7 @@ def inject(monkeypatch, call: str, code: str) -> None:
 
 
 @pytest.mark.parametrize("call", FAULTS)
+@pytest.mark.fault("disk")
 def test_a_disk_that_refuses_leaves_what_was_there_and_the_error_names_the_path(tmp_path, monkeypatch, call):
     path = tmp_path / "a.txt"
     write_atomically(path, b"before")
@@ -61,6 +62,7 @@ def test_a_file_is_checked_before_it_takes_its_place(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.fault("SIGKILL")
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     code = """
 import os, sys
@@ -98,6 +100,7 @@ def hold(path: Path, kind: str = "plain", seconds: float = 30) -> subprocess.Pop
 
 
 @pytest.mark.parametrize("kind", ["plain", "fork"])
+@pytest.mark.fault("two runs in one folder")
 def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path, kind):
     """With `fork`, a child of the killed process lives on, as a loader's worker may for seconds."""
     path = tmp_path / "lock"

@@ -1,12 +1,15 @@
 """Data preparation: exact results, verified sources, and every way in which it can go wrong."""
 
 import codecs
+import contextlib
 import hashlib
 import http.server
 import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -18,6 +21,7 @@ from modeling import cifar10
 from modeling.cifar10 import PreparationError, download, read_members, unpickle_batch
 from modeling.preparation import prepare
 from modeling.shapes import draw_shapes
+from tests.conftest import ROOT
 
 # ---- shapes
 
@@ -97,9 +101,10 @@ def test_what_is_not_as_prepared_is_prepared_again(tmp_path, damage):
         prepare("shapes", folder, num_images=31, seed=0)
     assert prepare("shapes", folder, num_images=30, seed=0) == (manifest, True)
     assert prepare("shapes", folder, num_images=30, seed=0) == (manifest, False)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]  # no leftovers
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", ".a.lock"}  # no leftovers
 
 
+@pytest.mark.fault("disk")
 def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path, monkeypatch):
     folder = tmp_path / "a"
     prepare("shapes", folder, num_images=30, seed=0)
@@ -112,7 +117,7 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path, monkeypatch):
         prepare("shapes", folder, num_images=31, seed=0)
     monkeypatch.undo()
     assert prepare("shapes", folder, num_images=30, seed=0)[1] is False
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", ".a.lock"}
 
 
 # ---- CIFAR-10: a small archive of the same form, with its hashes in the place of the official ones
@@ -140,14 +145,11 @@ def write_archive(path: Path, contents: dict[str, bytes], extra: tarfile.TarInfo
     return path
 
 
-@pytest.fixture
-def small_cifar10(monkeypatch):
+def admit_small_cifar10(setattr) -> None:
     """Lets the small archive pass for the real one: NumPy 2's name of _reconstruct, and the hashes."""
-    monkeypatch.setattr(
-        cifar10, "MEMBER_SHA256", {name: hashlib.sha256(content).hexdigest() for name, content in CONTENTS.items()}
-    )
+    setattr(cifar10, "MEMBER_SHA256", {name: hashlib.sha256(content).hexdigest() for name, content in CONTENTS.items()})
     admitted = cifar10._ArrayUnpickler._ADMITTED
-    monkeypatch.setattr(
+    setattr(
         cifar10._ArrayUnpickler,
         "_ADMITTED",
         admitted
@@ -156,6 +158,11 @@ def small_cifar10(monkeypatch):
             ("_codecs", "encode"): codecs.encode,
         },
     )
+
+
+@pytest.fixture
+def small_cifar10(monkeypatch):
+    admit_small_cifar10(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -186,6 +193,7 @@ def test_num_images_takes_the_first_and_refuses_more_than_there_are(tmp_path, ar
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "member", "missing"])
+@pytest.mark.fault("hostile archive")
 def test_a_damaged_or_altered_archive_is_refused_with_the_remedy(tmp_path, archive, damage):
     content = archive.read_bytes()
     if damage == "cut":
@@ -214,6 +222,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("has_official_hash", [False, True])
+@pytest.mark.fault("hostile archive")
 def test_a_pickle_payload_is_not_executed(tmp_path, small_cifar10, monkeypatch, has_official_hash):
     """Refused by its hash, and were that right, by the unpickler."""
     canary = tmp_path / "canary"
@@ -227,6 +236,7 @@ def test_a_pickle_payload_is_not_executed(tmp_path, small_cifar10, monkeypatch, 
 
 
 @pytest.mark.parametrize("name", ["os.system", "builtins.eval", "numpy.load", "numpy.ndarray.tofile"])
+@pytest.mark.fault("hostile archive")
 def test_the_unpickler_admits_arrays_only(name):
     module, _, attribute = name.rpartition(".")
     with pytest.raises((pickle.UnpicklingError, AttributeError), match=attribute):
@@ -251,6 +261,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int =
     ],
     ids=["parent", "absolute", "symlink", "hardlink", "device", "bomb"],
 )
+@pytest.mark.fault("hostile archive")
 def test_hostile_members_are_refused_and_nothing_is_written(tmp_path, small_cifar10, extra):
     folder = tmp_path / "inside"
     folder.mkdir()
@@ -295,17 +306,65 @@ def test_a_missing_archive_is_downloaded_with_a_bar(tmp_path, archive, server, c
     target = tmp_path / "downloads" / "cifar.tar.gz"
     prepare_cifar10(tmp_path, target, [f"{server}/missing", f"{server}/whole"])
     assert target.read_bytes() == archive.read_bytes()
-    assert [entry.name for entry in target.parent.iterdir()] == [target.name]
+    assert {entry.name for entry in target.parent.iterdir()} == {target.name, f".{target.name}.lock"}
     assert "downloading" in capsys.readouterr().err
 
 
+@pytest.mark.fault("hostile archive")
 def test_a_part_is_never_taken_for_the_whole(tmp_path, server):
     target = tmp_path / "downloads" / "cifar.tar.gz"
     with pytest.raises(PreparationError, match=r"the connection ended after \d+ of \d+ bytes.*dataset\.archive"):
         prepare_cifar10(tmp_path, target, [f"{server}/cut"])
-    assert list(target.parent.iterdir()) == []
+    assert [entry.name for entry in target.parent.iterdir()] == [f".{target.name}.lock"]
 
 
+TWO_AT_ONCE = """
+import sys
+from pathlib import Path
+from modeling import cifar10
+from tests.test_preparation import CONTENTS, admit_small_cifar10, prepare_cifar10
+
+admit_small_cifar10(setattr)
+prepare_cifar10(Path(sys.argv[1]), Path(sys.argv[2]), [sys.argv[3]])
+"""
+
+
+@pytest.mark.fault("hostile archive")
+def test_two_downloads_at_once_make_one_valid_copy(tmp_path, archive, server):
+    target = tmp_path / "downloads" / "cifar.tar.gz"
+    command = [sys.executable, "-c", TWO_AT_ONCE, str(tmp_path), str(target), f"{server}/whole"]
+    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("downloading" in output for output in outputs) == 1
+    assert target.read_bytes() == archive.read_bytes()
+    assert prepare_cifar10(tmp_path, target)[1] is False
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("moment", ["before the old one goes", "between the two renamings", "after"])
+@pytest.mark.fault("SIGKILL")
+def test_what_a_killed_preparation_left_is_cleared_away(tmp_path, monkeypatch, moment):
+    prepare("shapes", tmp_path / "a", num_images=30, seed=0)
+    replace, renamings = os.replace, []
+
+    def die(source, target):
+        if len(renamings) == {"before the old one goes": 0, "between the two renamings": 1}.get(moment):
+            raise KeyboardInterrupt
+        renamings.append(source)
+        replace(source, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr("modeling.preparation.os.replace", die)
+        patch.setattr("modeling.preparation.shutil.rmtree", lambda *args, **options: None)  # as a killed process
+        prepare("shapes", tmp_path / "a", num_images=31, seed=0)
+    assert list(tmp_path.glob(".a.new.*"))
+    prepare("shapes", tmp_path / "a", num_images=31, seed=0)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", ".a.lock"}
+    assert len(np.load(tmp_path / "a" / "train.npy")) == 31
+
+
+@pytest.mark.fault("hostile archive")
 def test_without_network_the_error_names_every_address_and_the_remedy(tmp_path, server):
     closed = "http://127.0.0.1:9/closed"
     with pytest.raises(PreparationError) as caught:
@@ -319,6 +378,7 @@ def test_without_network_the_error_names_every_address_and_the_remedy(tmp_path, 
         assert part in str(caught.value)
 
 
+@pytest.mark.fault("disk")
 def test_a_full_disk_while_downloading_is_an_error_and_leaves_no_part(tmp_path, server, monkeypatch):
     def fail(descriptor):
         raise OSError(28, "No space left on device")

@@ -77,6 +77,7 @@ def test_another_seed_or_hyperparameter_is_another_result(tiny, straight):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("stop and go on")
 def test_the_number_of_workers_changes_nothing(tiny, straight):
     assert equal(train(tiny("runtime.num_workers=2"), "workers"), straight)
 
@@ -104,6 +105,7 @@ def crash(tiny, monkeypatch, stop_at: int, *overrides: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", range(9))
+@pytest.mark.fault("stop and go on")
 def test_a_run_that_crashed_goes_on_to_the_same_result(tiny, straight, monkeypatch, stop_at):
     """Checkpoints are at steps 5 and 8 of 8, epochs end at 4 and 8, lines are written at 3, 6 and 8."""
     crash(tiny, monkeypatch, stop_at)
@@ -112,6 +114,7 @@ def test_a_run_that_crashed_goes_on_to_the_same_result(tiny, straight, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.fault("stop and go on")
 def test_a_run_that_crashed_at_every_step_goes_on_to_the_same_result(tiny, straight, monkeypatch):
     """A process a step, with loader workers and without, and a checkpoint after every step."""
     for number in range(7):
@@ -120,6 +123,7 @@ def test_a_run_that_crashed_at_every_step_goes_on_to_the_same_result(tiny, strai
 
 
 @pytest.mark.slow
+@pytest.mark.fault("stop and go on")
 def test_samples_due_after_the_step_of_the_checkpoint_are_made_up_for(tiny, straight, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Run, "sample", lambda *args: (_ for _ in ()).throw(Interrupted()))
@@ -148,6 +152,7 @@ STATE += [f"state.{name}" for name in dataclasses.asdict(TrainState()) if name !
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [None, *STATE])
+@pytest.mark.fault("stop and go on")
 def test_whatever_is_missing_from_a_checkpoint_is_missed_in_the_result(tiny, monkeypatch, key):
     """The negative control: were any item of the state not saved, the tests above would fail."""
     options = "train.log_every=4", "train.checkpoint_every=6"  # taken up at 6, between two lines
@@ -204,6 +209,7 @@ PHASES = {  # what is called there -> the step that is saved
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.fault("signal")
 def test_a_signal_in_any_phase_saves_and_ends_and_the_same_command_goes_on(tiny, straight, monkeypatch, capsys, phase):
     target, step = PHASES[phase]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -219,6 +225,7 @@ def test_a_signal_in_any_phase_saves_and_ends_and_the_same_command_goes_on(tiny,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["writing a grid", "evaluation"])
+@pytest.mark.fault("time limit")
 def test_a_time_limit_ends_well_and_the_same_command_goes_on(tiny, straight, monkeypatch, capsys, phase):
     target, step = PHASES[phase]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -230,6 +237,7 @@ def test_a_time_limit_ends_well_and_the_same_command_goes_on(tiny, straight, mon
 
 
 @pytest.mark.slow
+@pytest.mark.fault("time limit")
 def test_a_recorded_stage_that_runs_out_of_time_is_no_success(tiny, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "train")
     monkeypatch.setattr(main, "parse_stage", parse)
@@ -242,6 +250,7 @@ def test_a_recorded_stage_that_runs_out_of_time_is_no_success(tiny, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.fault("another run's state")
 def test_never_starts_from_zero_and_overwrites_nothing(tiny, straight, monkeypatch):
     assert equal(train(tiny("runtime.resume=never"), "never"), straight)
     crash(tiny, monkeypatch, 6)
@@ -251,6 +260,7 @@ def test_never_starts_from_zero_and_overwrites_nothing(tiny, straight, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.fault("another run's state")
 def test_a_run_carried_elsewhere_is_the_same_run(tiny, straight, monkeypatch):
     """Its checkpoint alone is enough, and the result in the new folder bitwise that of the uninterrupted run."""
     crash(tiny, monkeypatch, 6)
@@ -262,6 +272,7 @@ def test_a_run_carried_elsewhere_is_the_same_run(tiny, straight, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("another run's state")
 def test_another_learning_rate_goes_into_a_new_folder_and_is_told(tiny, straight, capsys):
     options = "optimizer.lr=0.001", "runtime.resume=straight/checkpoints/5.pt"
     main.main(tiny(*options))
@@ -295,6 +306,7 @@ def test_another_learning_rate_goes_into_a_new_folder_and_is_told(tiny, straight
         (["runtime.resume=straight/config.yaml"], r"runtime\.resume=straight/config\.yaml: .*no checkpoint"),
     ],
 )
+@pytest.mark.fault("another run's state")
 def test_a_state_that_does_not_belong_to_the_run_is_refused_with_the_difference(tiny, straight, overrides, message):
     with pytest.raises(SystemExit, match=message):
         main.main(tiny("runtime.resume=straight/checkpoints/last.pt", *overrides))
@@ -302,6 +314,7 @@ def test_a_state_that_does_not_belong_to_the_run_is_refused_with_the_difference(
 
 
 @pytest.mark.slow
+@pytest.mark.fault("another run's state")
 def test_other_data_is_refused(tiny, straight, tmp_path):
     preparation.prepare("shapes", tmp_path / "other" / "shapes", num_images=64, seed=5)
     config = tiny("runtime.resume=straight/checkpoints/last.pt", "dataset.seed=5", f"dataset.root={tmp_path}/other")
@@ -312,6 +325,7 @@ def test_other_data_is_refused(tiny, straight, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("another run's state")
 def test_another_version_of_torch_is_warned_of(tiny, straight, monkeypatch, capsys):
     crash(tiny, monkeypatch, 6)
     monkeypatch.setattr("torch.__version__", "9.9")
@@ -322,6 +336,7 @@ def test_another_version_of_torch_is_warned_of(tiny, straight, monkeypatch, caps
 
 
 @pytest.mark.slow
+@pytest.mark.fault("stop and go on")
 def test_a_longer_cosine_is_another_run_and_is_told_so(tiny, capsys):
     main.main(tiny())
     capsys.readouterr()
@@ -335,6 +350,7 @@ def test_a_longer_cosine_is_another_run_and_is_told_so(tiny, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("stop and go on")
 def test_a_longer_run_goes_on_where_the_learning_rate_allows(tiny, capsys):
     constant = "optimizer.lr_schedule=constant", "optimizer.warmup_steps=0"
     longer = train(tiny(*constant, "train.num_epochs=3"), "longer")
@@ -364,6 +380,7 @@ def test_a_stage_replaces_a_longer_run_and_publishes_its_artefacts(tiny, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.fault("damaged checkpoint")
 def test_a_damaged_checkpoint_costs_one_interval_and_changes_nothing(tiny, straight, capsys):
     train(tiny(), "run")
     Path("run/metrics.json").unlink()
@@ -381,6 +398,7 @@ def test_a_damaged_checkpoint_costs_one_interval_and_changes_nothing(tiny, strai
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lr", ["1e20", "1e38"])
+@pytest.mark.fault("not finite")
 def test_an_absurd_learning_rate_ends_the_run_and_the_last_checkpoint_is_finite(tiny, lr):
     options = f"optimizer.lr={lr}", "optimizer.warmup_steps=0", "train.max_skipped_in_row=3"
     with pytest.raises(SystemExit, match="not finite"):

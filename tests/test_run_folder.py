@@ -101,6 +101,7 @@ def damage(path: Path, kind: str, run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.fault("damaged checkpoint")
 def test_from_a_damaged_checkpoint_the_one_before_is_taken_with_one_warning(tmp_path, capsys, kind):
     run = folder(tmp_path)
     save(run, 3, 8)
@@ -116,6 +117,7 @@ def test_from_a_damaged_checkpoint_the_one_before_is_taken_with_one_warning(tmp_
 
 
 @pytest.mark.parametrize("kind", DAMAGES[:-1])
+@pytest.mark.fault("damaged checkpoint")
 def test_with_no_valid_checkpoint_left_there_is_an_error_and_no_fresh_start(tmp_path, kind):
     run = folder(tmp_path)
     save(run, 3, 8)
@@ -125,6 +127,7 @@ def test_with_no_valid_checkpoint_left_there_is_an_error_and_no_fresh_start(tmp_
         folder(tmp_path).load_newest()
 
 
+@pytest.mark.fault("another run's state")
 def test_a_folder_of_another_run_is_refused_with_the_differences(tmp_path):
     with folder(tmp_path / "run").claimed():
         pass
@@ -145,6 +148,7 @@ def test_a_folder_of_other_files_and_a_file_are_refused_and_left_alone(tmp_path)
     ]  # fmt: skip
 
 
+@pytest.mark.fault("SIGKILL")
 def test_what_a_process_killed_at_its_first_write_left_is_no_hindrance(tmp_path):
     (tmp_path / "lock").write_text("123\n")
     (tmp_path / ".run.json.abc.partial").write_text("{")
@@ -167,6 +171,7 @@ def test_the_id_for_weights_and_biases_stays_and_is_the_runs_own(tmp_path):
     assert ids[0] == ids[1] != ids[2]
 
 
+@pytest.mark.fault("two runs in one folder")
 def test_a_second_process_is_refused_while_the_first_is_at_work(tmp_path):
     code = """
 import sys

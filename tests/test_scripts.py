@@ -41,7 +41,7 @@ def finished_run(tmp_path_factory, tiny_data) -> Path:
 def test_a_run_leaves_everything_a_user_needs(finished_run):
     names = {str(path.relative_to(finished_run)) for path in finished_run.rglob("*") if path.is_file()}
     assert names == {
-        "checkpoints/last.pt", "config.yaml", "heldout.csv", "loss.csv", "metrics.json", "metrics.jsonl",
+        "checkpoints/5.pt", "checkpoints/last.pt", "config.yaml", "heldout.csv", "lock", "loss.csv", "metrics.json", "metrics.jsonl",
         "model.safetensors", "run.json", "samples/ema/4.png", "samples/ema/8.png", "samples/inputs.png",
         "samples/raw/4.png", "samples/raw/8.png",
     }  # fmt: skip
@@ -166,6 +166,7 @@ def test_wrong_sampling_requests_are_refused(finished_run, compose_config, monke
         (["sample.py"], "checkpoint"),
     ],
 )
+@pytest.mark.fault("wrong input")
 def test_errors_come_at_once_with_one_line_and_a_code(arguments, message):
     started = time.perf_counter()
     result = run_script(*arguments)

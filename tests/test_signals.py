@@ -19,6 +19,7 @@ def send(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "code"), CODES)
+@pytest.mark.fault("signal")
 def test_a_signal_becomes_an_exit_with_its_conventional_code(name, code, capfd):
     with stopping_on_signals(), pytest.raises(SystemExit) as caught:
         send(name)
@@ -27,6 +28,7 @@ def test_a_signal_becomes_an_exit_with_its_conventional_code(name, code, capfd):
     assert f"{name}: stopping" in capfd.readouterr().err
 
 
+@pytest.mark.fault("time limit")
 def test_the_time_limit_ends_with_zero_whatever_the_process_is_at():
     started = time.perf_counter()
     with stopping_on_signals(0.2), pytest.raises(Stopped) as caught:
@@ -58,6 +60,7 @@ def test_a_section_is_finished_before_the_stop():
     assert done == ["inner", "outer"]
 
 
+@pytest.mark.fault("signal")
 def test_a_stop_that_python_swallowed_comes_again_at_the_next_section(monkeypatch):
     class Dying:
         def __del__(self):
@@ -122,6 +125,7 @@ def start(kind: str) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.fault("signal")
 def test_a_second_ctrl_c_leaves_at_once():
     with start("alone") as process:
         process.send_signal(signal.SIGINT)
@@ -135,6 +139,7 @@ def test_a_second_ctrl_c_leaves_at_once():
 
 
 @pytest.mark.slow
+@pytest.mark.fault("signal")
 def test_a_ctrl_c_for_the_whole_group_leaves_the_forked_workers_to_their_parent():
     with start("worker") as process:
         os.killpg(process.pid, signal.SIGINT)

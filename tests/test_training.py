@@ -299,6 +299,7 @@ FAULTS = ["loss nan", "loss inf", "gradient nan", "gradient inf", "batch"]
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.fault("not finite")
 def test_a_step_that_is_not_finite_changes_no_weight_and_no_average_and_is_counted(fault, max_grad_norm):
     model = small_model()
     optimizer = Adam(model.parameters())
@@ -325,6 +326,7 @@ def test_a_line_without_any_finite_loss_has_none():
     assert [line["train/loss"] is None for line in record.lines] == [False, True]
 
 
+@pytest.mark.fault("not finite")
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_an_error():
     recorded = []
     with pytest.raises(FloatingPointError, match=r"not finite in 3 steps in a row \(4 to 6\)"):
@@ -335,6 +337,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_an_error():
     assert recorded == [2, 4]
 
 
+@pytest.mark.fault("not finite")
 def test_a_row_of_skipped_steps_is_counted_across_a_restart():
     first = run(small_model(), last_step=2, train_step=spoiled("loss nan", {0, 1}), max_skipped_in_row=3)
     state = TrainState(**dataclasses.asdict(first.step.state))
@@ -344,6 +347,7 @@ def test_a_row_of_skipped_steps_is_counted_across_a_restart():
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 @pytest.mark.parametrize("bad_steps", [set(), {0, 2}])
+@pytest.mark.fault("not finite")
 def test_the_update_decided_on_the_device_is_the_same(name, bad_steps, compose_config, device):
     """The path that CUDA takes, which never asks the device whether a step counts."""
     section = parse(compose_config(f"optimizer={name}")).optimizer
@@ -380,6 +384,7 @@ def test_checkpoints_come_on_time_too(monkeypatch):
 
 
 @pytest.mark.parametrize(("place", "expected_step"), [("forward", 2), ("update", 3), ("log", 2)])
+@pytest.mark.fault("signal")
 def test_a_stop_inside_a_step_comes_between_two_whole_steps(place, expected_step):
     """Weights, average and counters are all of the same step, its line is written, and going on gives the same."""
     straight = run(small_model(), last_step=4, log_every=1)
