@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train test check clean
+.PHONY: help demo train test test-faults check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ train: .venv/installed ## CIFAR-10: the recorded pipeline (dvc repro), under 10 
 test: .venv/installed ## all tests, with coverage
 	$(BIN)/python -m pytest --cov=modeling
 	$(BIN)/coverage report --include=modeling/training.py --fail-under=90
+
+test-faults: .venv/installed ## faults: 100 kills, signals, full disks, hostile files (about 25 minutes); ends with the matrix
+	$(BIN)/python -m pytest -m fault
 
 check: .venv/installed ## style
 	$(BIN)/pip install -q -r requirements-dev.txt

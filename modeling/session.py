@@ -166,7 +166,7 @@ def _carry_out(run: Run) -> None:
         print(f"stopped by {stopped.reason}: {at}; the same command goes on from there", flush=True)
         raise
     finally:
-        tracker.finish()
+        tracker.finish(is_complete=run.folder.num_finished_steps() == run.last_step)
     print(f"samples     {folder}/samples/ema/{run.last_step}.png\nmetrics     {run.folder.metrics_path}")
 
 

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,18 @@ def test_another_seed_or_hyperparameter_is_another_result(tiny, straight):
 @pytest.mark.fault("stop and go on")
 def test_the_number_of_workers_changes_nothing(tiny, straight):
     assert equal(train(tiny("runtime.num_workers=2"), "workers"), straight)
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_cuda_the_deterministic_mode_repeats_a_run_to_the_bit(tiny_data, tmp_path):
+    """Each in a process of its own, which the switch holds for; bf16 and a network with attention."""
+    options = [*TINY, f"dataset.root={tiny_data}", "runtime.deterministic=true", "model.attention_resolutions=[16]"]
+    for name in "ab":
+        command = [sys.executable, "main.py", *options, "runtime.device=cuda", f"runtime.output_dir={tmp_path / name}"]
+        subprocess.run(command, cwd=ROOT, check=True)
+    assert equal(result(tmp_path / "a"), result(tmp_path / "b"))
 
 
 class Interrupted(Exception):

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from modeling.build import build_runtime
+from modeling.config import parse
 from modeling.progress import progress_bar
 from modeling.runtime import autocast, keep_freed_memory, peak_memory_bytes, resolve_device, resolve_precision
 from tests.conftest import ROOT
@@ -79,3 +81,18 @@ def test_a_bar_is_written_as_lines_elsewhere(capsys):
     written = capsys.readouterr().err
     assert "\r" not in written
     assert written.splitlines()[-1].startswith("work: 100%")
+
+
+def test_deterministic_mode_sets_what_cuda_needs():
+    """In a process of its own: the switch holds for the whole process."""
+    code = (
+        "import os, torch; from modeling.runtime import use_deterministic_algorithms as use; use(); "
+        "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True :4096:8\n"
+
+
+def test_on_the_cpu_the_deterministic_mode_changes_nothing(compose_config):
+    build_runtime(parse(compose_config("runtime.deterministic=true", "runtime.device=cpu")).runtime)
+    assert not torch.are_deterministic_algorithms_enabled()

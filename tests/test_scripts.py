@@ -13,9 +13,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save
 
 import main
 import sample
+from modeling.checkpoint import load_weights
+from modeling.config import ConfigError, parse
 from tests.conftest import ROOT, TINY
 
 
@@ -41,7 +44,8 @@ def finished_run(tmp_path_factory, tiny_data) -> Path:
 def test_a_run_leaves_everything_a_user_needs(finished_run):
     names = {str(path.relative_to(finished_run)) for path in finished_run.rglob("*") if path.is_file()}
     assert names == {
-        "checkpoints/5.pt", "checkpoints/last.pt", "config.yaml", "heldout.csv", "lock", "loss.csv", "metrics.json", "metrics.jsonl",
+        "checkpoints/5.pt", "checkpoints/last.pt", "config.yaml", "heldout.csv", "lock", "loss.csv",
+        "metrics.json", "metrics.jsonl",
         "model.safetensors", "run.json", "samples/ema/4.png", "samples/ema/8.png", "samples/inputs.png",
         "samples/raw/4.png", "samples/raw/8.png",
     }  # fmt: skip
@@ -153,6 +157,44 @@ def test_wrong_sampling_requests_are_refused(finished_run, compose_config, monke
     overrides = [override.format(run=finished_run) for override in overrides]
     with pytest.raises(SystemExit, match=message):
         sample.main(compose_config(*overrides, name="sample"))
+
+
+def hostile(config: dict) -> dict:
+    """Configurations that someone who means harm might put into a file with weights."""
+    return {
+        "names code": config | {"model": config["model"] | {"_target_": "os.system"}},
+        "reads the environment": config | {"wandb": config["wandb"] | {"name": 3, "project": "${oc.env:HOME}"}},
+        "takes all memory": config | {"model": config["model"] | {"hidden_size": 4096, "multipliers": [64] * 6}},
+        "takes forever": config | {"model": config["model"] | {"num_blocks": 10**9}},
+        "is none": {"a": 1},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.fault("hostile config")
+@pytest.mark.parametrize(
+    "kind", ["names code", "reads the environment", "takes all memory", "takes forever", "is none"]
+)
+def test_a_configuration_inside_a_file_can_do_no_harm(finished_run, tmp_path, kind):
+    config, weights = load_weights(finished_run / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save(weights, metadata={"config": json.dumps(hostile(config)[kind])}))
+    started = time.perf_counter()
+    done = run_script("sample.py", f"checkpoint={path}", "num_steps=5", f"out={tmp_path}/a.png")
+    assert time.perf_counter() - started < 30
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    expected = {"takes all memory": "the weights do not fit", "takes forever": "num_blocks", "is none": "unknown key"}
+    assert (
+        expected.get(kind, {"names code": "_target_", "reads the environment": "wandb.name=3"}.get(kind)) in done.stderr
+    )
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.fault("hostile config")
+def test_a_key_that_names_code_is_unknown(compose_config):
+    with pytest.raises(ConfigError, match="_target_: unknown key"):
+        parse(compose_config("+model._target_=os.system"))
 
 
 @pytest.mark.parametrize(
