@@ -83,7 +83,7 @@ class RunFolder:
             return
         remedy = "set runtime.output_dir to another folder"
         if found is not None:
-            how = describe_differences(found["identity"], self.identity)
+            how = describe_differences(found.get("identity", {}), self.identity)
             raise RunError(f"{self.path} holds the run {found['run']}, not {self.name} ({how}): {remedy}")
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is no folder: {remedy}")

@@ -4,7 +4,8 @@ What a run needs beside the loss (learning rate, random numbers, averaged weight
 step number and is handed in, so that the plain loop and the full run are the same code.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -81,8 +82,9 @@ def train_epoch(
     """
     model.train()
     total, num_images = torch.zeros((), device=device), 0
-    own_bar = progress_bar(total=len(dataloader), unit="step") if bar is None else None
-    bar = own_bar if bar is None else bar
+    own_bar = None
+    if bar is None:
+        bar = own_bar = progress_bar(total=len(dataloader) if isinstance(dataloader, Sized) else None, unit="step")
     for batch in dataloader:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
         loss = step(model, inputs, optimizer, device)
@@ -121,7 +123,9 @@ def fit(
         Stopped: when the process is asked to end; `step.state` then is that of the last whole step.
     """
     state, per_epoch = step.state, batches.steps_per_epoch
+    # One loader for the whole run: its workers wait at no epoch's edge, and none has to be started anew.
     pin_memory = torch.device(device).type == "cuda"
+    loader = iter(batches.loader(range(state.step, step.last_step), num_workers, pin_memory))
     while True:
         epoch, steps_into_epoch = divmod(state.step, per_epoch)
         is_last = state.step == step.last_step
@@ -131,8 +135,8 @@ def fit(
                 sample(state.step)
         if is_last:
             return
-        steps = range(state.step, min((epoch + 1) * per_epoch, step.last_step))
-        train_epoch(model, batches.loader(steps, num_workers, pin_memory), optimizer, device, step=step, bar=bar)
+        num_steps = min((epoch + 1) * per_epoch, step.last_step) - state.step
+        train_epoch(model, islice(loader, num_steps), optimizer, device, step=step, bar=bar)
 
 
 def generate_samples(

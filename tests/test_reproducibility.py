@@ -118,7 +118,9 @@ def crash(tiny, monkeypatch, stop_at: int, *overrides: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_at", range(9))
+@pytest.mark.parametrize(
+    "stop_at", [pytest.param(step, marks=[] if step in (4, 5, 8) else pytest.mark.long) for step in range(9)]
+)
 @pytest.mark.fault("stop and go on")
 def test_a_run_that_crashed_goes_on_to_the_same_result(tiny, straight, monkeypatch, stop_at):
     """Checkpoints are at steps 5 and 8 of 8, epochs end at 4 and 8, lines are written at 3, 6 and 8."""
@@ -165,7 +167,13 @@ STATE += [f"state.{name}" for name in dataclasses.asdict(TrainState()) if name !
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", [None, *STATE])
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=[] if key in (None, "ema", "state.loss_sum") else pytest.mark.long)
+        for key in [None, *STATE]
+    ],
+)
 @pytest.mark.fault("stop and go on")
 def test_whatever_is_missing_from_a_checkpoint_is_missed_in_the_result(tiny, monkeypatch, key):
     """The negative control: were any item of the state not saved, the tests above would fail."""
@@ -222,7 +230,10 @@ PHASES = {  # what is called there -> the step that is saved
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    [pytest.param(phase, marks=[] if phase in ("sampling", "evaluation") else pytest.mark.long) for phase in PHASES],
+)
 @pytest.mark.fault("signal")
 def test_a_signal_in_any_phase_saves_and_ends_and_the_same_command_goes_on(tiny, straight, monkeypatch, capsys, phase):
     target, step = PHASES[phase]
@@ -411,7 +422,7 @@ def test_a_damaged_checkpoint_costs_one_interval_and_changes_nothing(tiny, strai
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lr", ["1e20", "1e38"])
+@pytest.mark.parametrize("lr", ["1e20", pytest.param("1e38", marks=pytest.mark.long)])
 @pytest.mark.fault("not finite")
 def test_an_absurd_learning_rate_ends_the_run_and_the_last_checkpoint_is_finite(tiny, lr):
     options = f"optimizer.lr={lr}", "optimizer.warmup_steps=0", "train.max_skipped_in_row=3"
