@@ -129,6 +129,7 @@ def test_a_run_that_crashed_goes_on_to_the_same_result(tiny, straight, monkeypat
     assert equal(train(tiny(), "stopped"), straight)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("stop and go on")
 def test_a_run_that_crashed_at_every_step_goes_on_to_the_same_result(tiny, straight, monkeypatch):
@@ -324,9 +325,14 @@ def test_another_learning_rate_goes_into_a_new_folder_and_is_told(tiny, straight
         (["seed=1"], "seed: 0 there, 1 here"),
         (["model.hidden_size=16"], r"model\.hidden_size: 8 there, 16 here"),
         (["model=unet", "model.hidden_size=8", "model.multipliers=null"], r"model\.name: ddpm there, unet here"),
-        (["optimizer=sgd"], r"optimizer\.name: adam there, sgd here"),
-        (["diffusion.num_timesteps=21"], r"diffusion\.num_timesteps: 20 there, 21 here"),
-        (["train.batch_size=8"], r"train\.batch_size: 16 there, 8 here"),
+        *[
+            pytest.param(overrides, message, marks=pytest.mark.long)
+            for overrides, message in [
+                (["optimizer=sgd"], r"optimizer\.name: adam there, sgd here"),
+                (["diffusion.num_timesteps=21"], r"diffusion\.num_timesteps: 20 there, 21 here"),
+                (["train.batch_size=8"], r"train\.batch_size: 16 there, 8 here"),
+            ]
+        ],
         (["runtime.resume=nowhere.pt"], r"runtime\.resume=nowhere\.pt: .*there is no such file"),
         (["runtime.resume=straight/config.yaml"], r"runtime\.resume=straight/config\.yaml: .*no checkpoint"),
     ],
@@ -338,6 +344,7 @@ def test_a_state_that_does_not_belong_to_the_run_is_refused_with_the_difference(
     assert not Path("runs").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("another run's state")
 def test_other_data_is_refused(tiny, straight, tmp_path):
@@ -360,6 +367,7 @@ def test_another_version_of_torch_is_warned_of(tiny, straight, monkeypatch, caps
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("stop and go on")
 def test_a_longer_cosine_is_another_run_and_is_told_so(tiny, capsys):

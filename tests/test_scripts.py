@@ -173,7 +173,12 @@ def hostile(config: dict) -> dict:
 @pytest.mark.slow
 @pytest.mark.fault("hostile config")
 @pytest.mark.parametrize(
-    "kind", ["names code", "reads the environment", "takes all memory", "takes forever", "is none"]
+    "kind",
+    [
+        "names code",
+        "takes all memory",
+        *[pytest.param(kind, marks=pytest.mark.long) for kind in ("reads the environment", "takes forever", "is none")],
+    ],
 )
 def test_a_configuration_inside_a_file_can_do_no_harm(finished_run, tmp_path, kind):
     config, weights = load_weights(finished_run / "model.safetensors")

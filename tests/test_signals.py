@@ -138,6 +138,7 @@ def test_a_second_ctrl_c_leaves_at_once():
         assert process.stdout.read() == ""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("signal")
 def test_a_ctrl_c_for_the_whole_group_leaves_the_forked_workers_to_their_parent():

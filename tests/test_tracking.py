@@ -454,8 +454,8 @@ tracker.finish()
         ("silent", (4, 1), ("Timed out initializing run", "did not start within 4 s")),  # the latter on a slow machine
         ("refuses", (4, 1), ("connection refused", "did not start within 4 s")),
         ("wrong key", (15, 10), ("user is not logged in",)),
-        ("dies", (15, 4), ("Timed out finishing run",)),
-        ("hangs", (15, 1), ("did not finish within 1 s",)),
+        pytest.param("dies", (15, 4), ("Timed out finishing run",), marks=pytest.mark.long),
+        pytest.param("hangs", (15, 1), ("did not finish within 1 s",), marks=pytest.mark.long),
     ],
 )
 @pytest.mark.fault("Weights & Biases")
@@ -528,6 +528,7 @@ def test_a_fault_costs_a_bounded_time_and_nothing_else(tmp_path, fake_wandb, lis
     assert list(home.rglob("*")) == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("Weights & Biases")
 def test_a_run_that_wandb_fails_is_the_run_without_it(tiny, tiny_data, fake_wandb):
