@@ -24,7 +24,7 @@ test: .venv/installed ## all tests, with coverage
 	$(BIN)/python -m pytest --cov=modeling
 	$(BIN)/coverage report --include=modeling/training.py --fail-under=90
 
-test-faults: .venv/installed ## faults: 100 kills, signals, full disks, hostile files (about 25 minutes); ends with the matrix
+test-faults: .venv/installed ## faults: 100 kills, signals, full disks, hostile files (about 20 minutes); ends with the matrix
 	$(BIN)/python -m pytest -m fault
 
 check: .venv/installed ## style
