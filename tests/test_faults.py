@@ -84,7 +84,7 @@ class Kills:
     def __init__(self, tmp_path: Path, tiny_data: Path, straight: dict, seed: int, *options: str):
         self.tmp_path, self.straight, self.random = tmp_path, straight, random.Random(seed)
         self.options = [*LONG, f"dataset.root={tiny_data}", *options]
-        self.num_kills = self.num_finished = self.num_processes = self.most_lost = 0
+        self.num_kills = self.num_finished = self.most_lost = 0
 
     def run(self, num_kills: int) -> None:
         number = 0
@@ -103,7 +103,6 @@ class Kills:
     def start_and_kill(self, folder: Path, is_last: bool = False) -> bool:
         """Starts the run; True if it was killed, False if it ended first, and well."""
         before = max(steps_of(folder), default=0)
-        self.num_processes += 1
         with launch("main.py", *self.options, f"runtime.output_dir={folder}") as process:
             output = ""
             if not is_last and self.random.random() < 0.85:  # else at any moment, while torch is imported, too

@@ -173,14 +173,16 @@ def hostile(config: dict) -> dict:
 @pytest.mark.slow
 @pytest.mark.fault("hostile config")
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "message"),
     [
-        "names code",
-        "takes all memory",
-        *[pytest.param(kind, marks=pytest.mark.long) for kind in ("reads the environment", "takes forever", "is none")],
+        ("names code", "_target_"),
+        ("takes all memory", "the weights do not fit"),
+        pytest.param("reads the environment", "wandb.name=3", marks=pytest.mark.long),
+        pytest.param("takes forever", "num_blocks", marks=pytest.mark.long),
+        pytest.param("is none", "unknown key", marks=pytest.mark.long),
     ],
 )
-def test_a_configuration_inside_a_file_can_do_no_harm(finished_run, tmp_path, kind):
+def test_a_configuration_inside_a_file_can_do_no_harm(finished_run, tmp_path, kind, message):
     config, weights = load_weights(finished_run / "model.safetensors")
     path = tmp_path / "model.safetensors"
     path.write_bytes(save(weights, metadata={"config": json.dumps(hostile(config)[kind])}))
@@ -189,10 +191,7 @@ def test_a_configuration_inside_a_file_can_do_no_harm(finished_run, tmp_path, ki
     assert time.perf_counter() - started < 30
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    expected = {"takes all memory": "the weights do not fit", "takes forever": "num_blocks", "is none": "unknown key"}
-    assert (
-        expected.get(kind, {"names code": "_target_", "reads the environment": "wandb.name=3"}.get(kind)) in done.stderr
-    )
+    assert message in done.stderr
     assert not (tmp_path / "a.png").exists()
 
 
