@@ -155,7 +155,9 @@ def _carry_out(run: Run) -> None:
                 num_workers=config.runtime.num_workers,
                 bar=bar,
             )
-        export_weights(folder / "model.safetensors", run.ema.module, config.model_dump())
+        values = config.model_dump()
+        values["runtime"]["output_dir"] = values["wandb"]["name"] = None  # equal runs in two folders: equal files
+        export_weights(folder / "model.safetensors", run.ema.module, values)
         run.measure(tracker)
     except Stopped as stopped:
         if run.state.step:
