@@ -30,18 +30,16 @@ def main(values: DictConfig) -> None:
     from modeling.checkpoint import CheckpointError, load_weights
     from modeling.images import save_grid
     from modeling.progress import progress_bar
-    from modeling.runtime import autocast, resolve_device, resolve_precision
-    from modeling.samplers import sample_respaced
-    from modeling.seeding import image_noise
+    from modeling.runtime import place
+    from modeling.samplers import sample_images
 
     try:
-        device = resolve_device(options.device)
-        precision = resolve_precision(options.precision, device)
+        device, precision = build.build_runtime(options)
         stored, weights = load_weights(options.checkpoint)
         config = parse(stored, Config)
         if options.num_steps is not None and options.num_steps > config.diffusion.num_timesteps:
             raise ConfigError(f"num_steps must be at most {config.diffusion.num_timesteps}, got {options.num_steps}")
-        model = build.build_trained_model(config, weights).to(device)
+        model = place(build.build_trained_model(config, weights), device)
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
 
@@ -49,22 +47,21 @@ def main(values: DictConfig) -> None:
     num_steps = options.num_steps or config.diffusion.num_timesteps
     batches = []
     for start in range(0, options.num_images, options.batch_size):
-        indices = torch.arange(start, min(start + options.batch_size, options.num_images), device=device)
-        noise = image_noise(options.seed, indices, size)
-        label = f"images {start + 1}-{start + len(indices)} of {options.num_images}"
-        with autocast(device, precision):
-            images = sample_respaced(
-                model,
-                len(indices),
-                size,
-                device,
-                num_steps=num_steps,
-                eta=options.eta,
-                clip_x0=options.clip_x0,
-                noise=noise(0),
-                step_noise=noise,
-                bar=lambda steps, label=label: progress_bar(steps, desc=label),
-            )
+        count = min(options.batch_size, options.num_images - start)
+        label = f"images {start + 1}-{start + count} of {options.num_images}"
+        images = sample_images(
+            model,
+            count,
+            size,
+            device,
+            seed=options.seed,
+            first_image=start,
+            precision=precision,
+            num_steps=num_steps,
+            eta=options.eta,
+            clip_x0=options.clip_x0,
+            bar=lambda steps, label=label: progress_bar(steps, desc=label),
+        )
         batches.append(images.cpu())
     save_grid(torch.cat(batches), options.out)
     print(options.out)

@@ -11,11 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modeling.config import Config, Model, Optimizer, Runtime
+from modeling.config import Config, Machine, Model, Optimizer
 from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
-from modeling.runtime import resolve_device, resolve_precision, use_deterministic_algorithms
+from modeling.runtime import (
+    keep_freed_memory,
+    limit_threads,
+    resolve_device,
+    resolve_precision,
+    use_deterministic_algorithms,
+)
 from modeling.seeding import Purpose, derive_seed
 from modeling.tracking import JsonLines, Tracker, WandbTracker
 from modeling.unet import UnetModel
@@ -93,8 +99,10 @@ def build_learning_rate(section: Optimizer, last_step: int) -> Callable[[int], f
     return learning_rate
 
 
-def build_batches(config: Config, images: Tensor) -> Batches:
-    """The run's training batches over images (N, 3, H, W) uint8."""
+def build_batches(config: Config, images: Tensor, device: torch.device) -> Batches:
+    """The run's training batches over images (N, 3, H, W) uint8, made on the GPU unless workers are to make them."""
+    if device.type == "cuda" and config.runtime.num_workers == 0:
+        images = images.to(device)  # 154 MB for CIFAR-10
     return Batches(images, config.train.batch_size, config.seed, config.train.random_flip)
 
 
@@ -113,9 +121,15 @@ def build_tracker(config: Config, folder: Path, step: int, wandb_id: str) -> Tra
     return Tracker(JsonLines(folder / "metrics.jsonl", step), wandb)
 
 
-def build_runtime(section: Runtime) -> tuple[torch.device, str]:
-    """Device and precision, with `auto` resolved; makes CUDA deterministic if asked to."""
+def build_runtime(section: Machine) -> tuple[torch.device, str]:
+    """Device and precision, with `auto` resolved; sets up the process for them."""
     device = resolve_device(section.device)
-    if section.deterministic and device.type == "cuda":
+    if device.type == "cuda" and section.deterministic:
         use_deterministic_algorithms()
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    else:
+        limit_threads()
+        if section.keep_freed_memory:
+            keep_freed_memory()
     return device, resolve_precision(section.precision, device)

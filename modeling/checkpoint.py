@@ -157,7 +157,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_fitting(module: nn.Module | Optimizer, state: dict, path: str | Path) -> None:
-    """`module.load_state_dict(state)`.
+    """`module.load_state_dict(state)`, in the module's own memory layout whatever the layout was.
 
     Raises:
         CheckpointError: when the state is another module's.
@@ -166,6 +166,11 @@ def load_fitting(module: nn.Module | Optimizer, state: dict, path: str | Path) -
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not fit: {error}") from error
+    if isinstance(module, Optimizer):  # the fused kernels walk through weights and moments in the order of memory
+        for parameter, values in module.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def export_weights(path: str | Path, module: nn.Module, config: dict) -> None:

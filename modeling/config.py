@@ -134,11 +134,15 @@ class Train(Section):
     num_eval_images: PositiveInt  # of each split, for the losses at the end (cut to what there is)
 
 
-class Runtime(Section):
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["auto", "fp32", "bf16"]
-    compile: bool
+class Machine(Section):
+    device: Literal["auto", "cpu", "cuda", "mps"]  # auto: cuda, else mps, else cpu
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the hardware computes in it
     deterministic: bool  # CUDA: the same bits every time, at some cost; the CPU always is
+    keep_freed_memory: bool  # CPU, Linux: the allocator gives nothing back to the system, which is much faster
+
+
+class Runtime(Machine):
+    compile: bool
     num_workers: Annotated[int, Field(ge=0, le=64)]
     output_dir: Text | None  # the run's folder; null: runs/<readable name>-<hash>
     resume: Text  # auto: from the folder's newest checkpoint; never: from zero; or a checkpoint's path to start from
@@ -173,7 +177,7 @@ class Config(Section):
         return self
 
 
-class SampleConfig(Section):
+class SampleConfig(Machine):
     """All of `conf/sample.yaml`."""
 
     checkpoint: Text  # model.safetensors, or a full checkpoint (.pt)
@@ -184,8 +188,6 @@ class SampleConfig(Section):
     eta: Annotated[float, Field(ge=0)]  # 0: DDIM, 1: ancestral with the posterior variance
     clip_x0: bool
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    precision: Literal["auto", "fp32", "bf16"]
     overwrite: bool
 
 

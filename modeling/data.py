@@ -19,7 +19,7 @@ class Batches(Dataset):
     the seed and the step alone, so any loader with any number of workers can start at any step.
 
     Args:
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8; the batches are made on their device.
         batch_size: images a batch, at most N.
         seed: the run's seed.
         random_flip: mirrors half of the images, left to right.
@@ -38,22 +38,22 @@ class Batches(Dataset):
         self.steps_per_epoch = len(images) // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
-    def __len__(self) -> int:
-        return self.steps_per_epoch
-
     def __getitem__(self, step: int) -> Tensor:
         """(batch_size, C, H, W) uint8."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, draw_permutation(self.seed, epoch, len(self.images))
+            self._order = draw_permutation(self.seed, epoch, len(self.images)).to(self.images.device)
+            self._epoch = epoch
         batch = self.images[self._order[position * self.batch_size : (position + 1) * self.batch_size]]
         if self.random_flip:
-            is_flipped = draw_integers(self.seed, Purpose.FLIP, step, torch.arange(len(batch)), 2).bool()
+            indices = torch.arange(len(batch), device=batch.device)
+            is_flipped = draw_integers(self.seed, Purpose.FLIP, step, indices, 2).bool()
             batch = torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
         return batch
 
     def loader(self, steps: Sequence[int], num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
         """A loader of the batches of these steps, in this order."""
+        pin_memory = pin_memory and self.images.device.type == "cpu"
         return DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling.group_norm import GroupNorm
 from modeling.unet import check_hidden_size, check_model_input
 
 
@@ -30,9 +31,9 @@ def embed_time(t: Tensor, num_features: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
+def _group_norm(channels: int) -> GroupNorm:
     """32 groups as in the paper wherever that leaves at least 4 channels a group (from 128 channels on)."""
-    return nn.GroupNorm(math.gcd(channels // 4, 32), channels, eps=1e-6)
+    return GroupNorm(math.gcd(channels // 4, 32), channels, eps=1e-6)
 
 
 def _initialise(layer: nn.Conv2d | nn.Linear, is_last: bool = False) -> nn.Conv2d | nn.Linear:

@@ -1,8 +1,10 @@
 """The objects of a run, and what happens to them between training steps: loading, saving, sampling, measuring."""
 
 import json
+import math
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,13 +18,12 @@ from modeling.evaluation import denoising_loss
 from modeling.files import sha256_of, write_atomically
 from modeling.progress import progress_bar
 from modeling.run_folder import RunError, RunFolder, describe_state
-from modeling.run_step import TrainState
-from modeling.runtime import autocast, keep_freed_memory, peak_memory_bytes
-from modeling.samplers import sample_respaced
-from modeling.seeding import image_noise
+from modeling.run_step import RunStep, TrainState
+from modeling.runtime import peak_memory_bytes, place
+from modeling.samplers import sample_images
 from modeling.stage import describe_differences, run_length
 from modeling.tracking import Tracker, write_csv
-from modeling.training import generate_samples
+from modeling.training import generate_samples, train_step
 
 
 class Run:
@@ -44,15 +45,12 @@ class Run:
         try:
             data = Path(config.dataset.root) / config.dataset.name
             self.images = {split: load_images(data, split, manifest) for split in ("train", "test")}
-            self.batches = build.build_batches(config, self.images["train"])
+            self.batches = build.build_batches(config, self.images["train"], self.device)
         except ValueError as error:
             raise RunError(str(error)) from error
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.model = build.build_model(config)
+        self.model = place(build.build_model(config), self.device)
         self.ema = Ema(self.model.eps_model, config.train.ema_decay)
         self.ema_model = build.build_diffusion(config, self.ema.module).to(self.device)
-        self.model.to(self.device)
         self.optimizer = build.build_optimizer(config.optimizer, self.model)
         if config.runtime.compile:
             self.model.eps_model.compile()
@@ -110,6 +108,27 @@ class Run:
         if how := describe_differences(content["about"].get("environment", {}), self.environment):
             print(f"warning: the result may differ in the last bits from that of one run ({how})", file=sys.stderr)
 
+    def step(self, log: Callable[[int, dict], None], save: Callable[[TrainState], None]) -> RunStep:
+        """The run's training step, from its present state on."""
+        train = self.config.train
+        return RunStep(
+            train_step=train_step,
+            state=self.state,
+            ema=self.ema,
+            learning_rate=build.build_learning_rate(self.config.optimizer, self.last_step),
+            seed=self.config.seed,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            log=log,
+            log_every=train.log_every,
+            save=save,
+            checkpoint_every=train.checkpoint_every,
+            last_step=self.last_step,
+            checkpoint_seconds=self.config.runtime.checkpoint_seconds or math.inf,
+            max_skipped_in_row=train.max_skipped_in_row,
+            precision=self.precision,
+            max_grad_norm=self.config.optimizer.max_grad_norm,
+        )
+
     def save(self, state: TrainState) -> None:
         """Writes the checkpoint."""
         self.folder.save(
@@ -123,22 +142,19 @@ class Run:
 
     def sample(self, step: int, tracker: Tracker) -> None:
         """Grids from raw and averaged weights, with the same noise every time."""
-        count, size = self.config.train.num_samples, tuple(self.images["train"].shape[1:])
-        noise = image_noise(self.config.seed, torch.arange(count, device=self.device), size)
         for kind, model in (("raw", self.model), ("ema", self.ema_model)):
-            with autocast(self.device, self.precision):
-                grid = generate_samples(
-                    model,
-                    self.device,
-                    self.folder.path / "samples" / kind / f"{step}.png",
-                    num_samples=count,
-                    size=size,
-                    sampler=sample_respaced,
-                    num_steps=min(self.config.train.sample_steps, model.num_timesteps),
-                    noise=noise(0),
-                    step_noise=noise,
-                    bar=lambda steps, kind=kind: progress_bar(steps, desc=f"sampling ({kind})", leave=False),
-                )
+            grid = generate_samples(
+                model,
+                self.device,
+                self.folder.path / "samples" / kind / f"{step}.png",
+                num_samples=self.config.train.num_samples,
+                size=tuple(self.images["train"].shape[1:]),
+                sampler=sample_images,
+                seed=self.config.seed,
+                precision=self.precision,
+                num_steps=min(self.config.train.sample_steps, model.num_timesteps),
+                bar=lambda steps, kind=kind: progress_bar(steps, desc=f"sampling ({kind})", leave=False),
+            )
             tracker.image(step, f"samples/{kind}", grid)
 
     def measure(self, tracker: Tracker) -> None:

@@ -1,4 +1,4 @@
-"""The machine a run uses: device, precision, memory allocator."""
+"""The machine a run uses: device, precision, threads, memory layout and allocator."""
 
 import contextlib
 import ctypes
@@ -6,8 +6,10 @@ import os
 import platform
 import resource
 import sys
+from pathlib import Path
 
 import torch
+from torch import nn
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -54,11 +56,43 @@ def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractC
     return torch.autocast(torch.device(device).type, dtype=dtype)
 
 
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """Moves a module to the device, its convolutions' weights with the channels last, which the activations then follow.
+
+    So convolutions are faster in bf16, by a third on a CPU with AMX, and no slower in fp32 (docs/speed.md).
+    """
+    module = module.to(device)
+    return module if device.type == "mps" else module.to(memory_format=torch.channels_last)
+
+
+def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may use: those of its affinity mask, or its control group's quota if that is less.
+
+    PyTorch sees the mask only: in a container with a quota of 2 on a machine of 64 it would start 64 threads.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [cgroup / "cpu.max", cgroup / "cpu" / "cpu.cfs_quota_us"]  # versions 2 and 1
+    with contextlib.suppress(OSError):
+        if quotas[0].exists():
+            quota, period = quotas[0].read_text().split()
+        else:
+            quota, period = quotas[1].read_text().strip(), quotas[1].with_name("cpu.cfs_period_us").read_text()
+        if quota not in ("max", "-1"):
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def limit_threads() -> None:
+    """Lets PyTorch use no more threads than there are CPUs for this process (fewer, if OMP_NUM_THREADS says so)."""
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+
+
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory instead of giving it back to the kernel; True where that was possible.
 
     Tensors above malloc's mmap threshold would otherwise be mapped, page-faulted in and unmapped in every step, which
-    more than halves the speed of training on a CPU. Costs the peak memory until the process ends.
+    more than halves the speed of training on a CPU. Costs the peak memory until the process ends. Does what another
+    allocator in LD_PRELOAD would, without asking the user for one.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,4 +1,4 @@
-"""Samplers beyond the ancestral one of `DiffusionModel.sample`."""
+"""Samplers beyond the ancestral one of `DiffusionModel.sample`, and images that are a function of their number."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from modeling.diffusion import Bar, DiffusionModel, evaluating, starting_noise
+from modeling.runtime import autocast
+from modeling.seeding import image_noise
 
 
 def respaced_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
@@ -66,3 +68,30 @@ def sample_respaced(
             if variance > 0:
                 x = x + variance**0.5 * step_noise(timestep)
     return x
+
+
+def sample_images(
+    model: DiffusionModel,
+    num_samples: int,
+    size: Sequence[int],
+    device: torch.device | str,
+    *,
+    seed: int,
+    first_image: int = 0,
+    precision: str = "fp32",
+    **options,
+) -> Tensor:
+    """`sample_respaced` for numbered images: each a function of the model, the seed and its number, whatever else is in
+    the batch (up to rounding).
+
+    Args:
+        first_image: number of the first; the others follow.
+        precision: "fp32", or "bf16" for the network's matrix products; the steps between them are float32.
+        options: of `sample_respaced`.
+
+    Returns:
+        (B, *size), about [-1, 1].
+    """
+    noise = image_noise(seed, torch.arange(first_image, first_image + num_samples, device=device), size)
+    with autocast(device, precision):
+        return sample_respaced(model, num_samples, size, device, noise=noise(0), step_noise=noise, **options)

@@ -4,7 +4,6 @@ The folder holds config.yaml, metrics.jsonl, metrics.json, samples/, checkpoints
 model.safetensors (averaged weights). metrics.json is written last: where it stands, the run is finished.
 """
 
-import math
 import shutil
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from modeling.images import save_grid
 from modeling.progress import progress_bar
 from modeling.run import Run
 from modeling.run_folder import RunError, RunFolder, describe_state
-from modeling.run_step import RunStep, TrainState
+from modeling.run_step import TrainState
 from modeling.signals import Stopped
 from modeling.stage import describe_differences, differences, identify, run_length, run_name
-from modeling.training import fit, train_step
+from modeling.training import fit
 
 ARTEFACTS = ("config.yaml", "metrics.json", "metrics.jsonl", "loss.csv", "heldout.csv", "samples", "model.safetensors")
 
@@ -122,23 +121,7 @@ def _carry_out(run: Run) -> None:
             sync(tracker.lines.path)  # the lines of the steps that the checkpoint covers
         run.save(state)
 
-    step = RunStep(
-        train_step=train_step,
-        state=run.state,
-        ema=run.ema,
-        learning_rate=build.build_learning_rate(config.optimizer, run.last_step),
-        seed=config.seed,
-        steps_per_epoch=run.batches.steps_per_epoch,
-        log=log,
-        log_every=config.train.log_every,
-        save=save,
-        checkpoint_every=config.train.checkpoint_every,
-        last_step=run.last_step,
-        checkpoint_seconds=config.runtime.checkpoint_seconds or math.inf,
-        max_skipped_in_row=config.train.max_skipped_in_row,
-        precision=run.precision,
-        max_grad_norm=config.optimizer.max_grad_norm,
-    )
+    step = run.step(log, save)
     try:
         tracker.artifact(folder / "config.yaml", "config", "config")
         inputs = save_grid(run.batches[0][: config.train.num_samples], folder / "samples" / "inputs.png")

@@ -14,9 +14,12 @@ NO_EFFECT = {
     "dataset": {"root", "archive", "urls"},
     "optimizer": {"warmup_steps"},
     "train": {"num_epochs", "max_steps", "checkpoint_every"},
-    "runtime": {"num_workers", "output_dir", "resume", "max_seconds", "checkpoint_seconds", "keep_checkpoints"},
+    "runtime": {
+        "keep_freed_memory", "num_workers", "output_dir", "resume", "max_seconds", "checkpoint_seconds",
+        "keep_checkpoints",
+    },
     "wandb": True,
-}
+}  # fmt: skip
 
 
 def run_length(config: Config, manifest: dict) -> int:

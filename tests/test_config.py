@@ -166,8 +166,8 @@ def test_every_leaf_of_the_schema_is_in_params_yaml_and_the_other_way_round():
 
 NO_EFFECT_ON_THE_NAME = {
     "dataset.root", "dataset.archive", "dataset.urls", "train.num_epochs", "train.max_steps", "train.checkpoint_every",
-    "runtime.num_workers", "runtime.output_dir", "runtime.resume", "runtime.max_seconds", "runtime.checkpoint_seconds",
-    "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
+    "runtime.keep_freed_memory", "runtime.num_workers", "runtime.output_dir", "runtime.resume", "runtime.max_seconds",
+    "runtime.checkpoint_seconds", "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
 }  # fmt: skip
 
 

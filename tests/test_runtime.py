@@ -9,7 +9,16 @@ import torch
 from modeling.build import build_runtime
 from modeling.config import parse
 from modeling.progress import progress_bar
-from modeling.runtime import autocast, keep_freed_memory, peak_memory_bytes, resolve_device, resolve_precision
+from modeling.runtime import (
+    autocast,
+    available_cpus,
+    keep_freed_memory,
+    limit_threads,
+    peak_memory_bytes,
+    place,
+    resolve_device,
+    resolve_precision,
+)
 from tests.conftest import ROOT
 
 
@@ -55,6 +64,44 @@ def test_freed_memory_is_kept_and_does_not_fault_again():
         done = subprocess.run([sys.executable, "-c", code.format(call=call)], cwd=ROOT, capture_output=True, text=True)
         counts.append(int(done.stdout))
     assert counts[1] < counts[0] / 10
+
+
+def test_the_allocator_is_left_alone_where_the_configuration_says_so(monkeypatch, compose_config):
+    calls = []
+    monkeypatch.setattr("modeling.build.keep_freed_memory", lambda: calls.append("kept"))
+    for value, expected in (("false", []), ("true", ["kept"])):
+        build_runtime(parse(compose_config("runtime.device=cpu", f"runtime.keep_freed_memory={value}")).runtime)
+        assert calls == expected
+
+
+def test_threads_respect_the_quota_of_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert available_cpus(tmp_path) == 64  # no control groups
+    (tmp_path / "cpu").mkdir()
+    for quota, expected in (("-1", 64), ("250000", 2), ("20000", 1)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+        assert available_cpus(tmp_path) == expected
+    for quota, expected in (("max 100000", 64), ("400000 100000", 4), ("50000 100000", 1), ("12800000 100000", 64)):
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        assert available_cpus(tmp_path) == expected
+
+
+def test_a_smaller_number_of_threads_is_the_users(monkeypatch):
+    asked = torch.get_num_threads()
+    try:
+        for available, expected in ((asked + 5, asked), (1, 1)):
+            monkeypatch.setattr("modeling.runtime.available_cpus", lambda available=available: available)
+            limit_threads()
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(asked)
+
+
+def test_weights_are_placed_with_the_channels_last():
+    layers = place(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(8, 8)), torch.device("cpu"))
+    assert layers[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert layers[1].weight.is_contiguous()
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):

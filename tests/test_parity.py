@@ -1,0 +1,108 @@
+"""What is done for speed trains like plain float32: the same random numbers, the losses side by side."""
+
+import copy
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from modeling.build import build_learning_rate
+from modeling.config import parse
+from modeling.data import Batches
+from modeling.ddpm_unet import DdpmUnet
+from modeling.diffusion import DiffusionModel
+from modeling.ema import Ema
+from modeling.evaluation import denoising_loss
+from modeling.run_step import RunStep, TrainState
+from modeling.runtime import place
+from modeling.shapes import draw_shapes
+from modeling.training import fit, train_step
+from modeling.unet import UnetModel
+
+NUM_STEPS, BATCH_SIZE = 200, 16
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "ddpm": lambda: DdpmUnet(3, 3, 16, (1, 2), 1, ()),
+    "unet": lambda: UnetModel(3, 3, 8),
+}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    """Shapes of 32x32."""
+    return torch.from_numpy(draw_shapes(0, 0, 600))
+
+
+@pytest.fixture(scope="module")
+def plain(images, compose_config_once) -> Callable[[str, int], tuple[float, float]]:
+    """(network, seed) -> the losses in contiguous float32."""
+    found = {}
+
+    def losses(network: str, seed: int) -> tuple[float, float]:
+        if (network, seed) not in found:
+            found[network, seed] = train(images, compose_config_once, network, seed)
+        return found[network, seed]
+
+    return losses
+
+
+@pytest.fixture(scope="module")
+def compose_config_once():
+    from hydra import compose, initialize_config_dir
+
+    from tests.conftest import ROOT
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return parse(compose("config", ["optimizer.lr=1e-3", "optimizer.warmup_steps=20"]))
+
+
+def train(images, config, network, seed, precision="fp32", is_placed=False, is_compiled=False) -> tuple[float, float]:
+    """Mean training loss and held-out loss of the averaged weights; the weights depend on the seed alone."""
+    if network == "ddpm":
+        images = images[:, :, ::2, ::2]  # four times as fast
+    torch.manual_seed(seed)
+    model = DiffusionModel(NETWORKS[network](), (1e-4, 0.02), 1000)
+    if is_placed:
+        model = place(model, torch.device("cpu"))
+    if is_compiled:
+        model.eps_model.compile()
+    ema, losses = Ema(copy.deepcopy(model.eps_model), 0.99), []
+    batches = Batches(images[:500], BATCH_SIZE, seed, random_flip=True)
+    step = RunStep(
+        train_step=train_step,
+        state=TrainState(),
+        ema=ema,
+        learning_rate=build_learning_rate(config.optimizer, NUM_STEPS),
+        seed=seed,
+        steps_per_epoch=batches.steps_per_epoch,
+        log=lambda step, metrics: losses.append(metrics["train/loss"]),
+        log_every=NUM_STEPS,
+        save=lambda state: None,
+        checkpoint_every=NUM_STEPS,
+        last_step=NUM_STEPS,
+        precision=precision,
+        max_grad_norm=1.0,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    fit(model, batches, optimizer, "cpu", step=step, sample=lambda step: None, sample_every=1)
+    ema_model = DiffusionModel(ema.module, (1e-4, 0.02), 1000)
+    held_out, _ = denoising_loss(ema_model, images[500:], "cpu", precision=precision)
+    (loss,) = losses
+    return loss, held_out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["ddpm", pytest.param("unet", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("precision", "is_compiled"),
+    [("fp32", False), ("bf16", False), pytest.param("bf16", True, marks=[pytest.mark.long, needs_compiler])],
+)
+def test_the_fast_way_trains_as_the_plain_one(images, compose_config_once, plain, network, precision, is_compiled):
+    loss, held_out = train(images, compose_config_once, network, 0, precision, is_placed=True, is_compiled=is_compiled)
+    plain_loss, plain_held_out = plain(network, 0)
+    print(f"{network}, {precision}: {loss:.5f} and {held_out:.5f}, plain {plain_loss:.5f} and {plain_held_out:.5f}")
+    assert loss == pytest.approx(plain_loss, rel=0.01)
+    seeds = [plain_held_out, plain(network, 1)[1], plain(network, 2)[1]]
+    assert abs(held_out - plain_held_out) < max(seeds) - min(seeds)
