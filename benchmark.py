@@ -11,6 +11,7 @@ alike; the numbers are medians over the rounds, with the lowest and the highest.
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -24,7 +25,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-SECTIONS = ("peaks", "training", "steps", "sampling", "scaling", "start")
+import torch
+
+from modeling.runtime import available_cpus
+
 ARCHIVE = Path("downloads/cifar-10-python.tar.gz")
 NETWORKS = {  # what the tables call it -> overrides
     "unet 32": ["model=unet", "model.hidden_size=32"],
@@ -156,6 +160,8 @@ def training(options) -> dict:
                 if batch_size == 128:
                     cases["the same, 2 loader workers"] = reference | {"num_workers": 2}
                 cases["ours"] = ours
+                if torch.cuda.is_available():
+                    cases["ours, torch.compile"] = ours | {"overrides": [*overrides, "runtime.compile=true"]}
                 if network == "ddpm 128" and batch_size == 16:
                     for package, name in (("diffusers", "diffusers"), ("denoising_diffusion_pytorch", "lucidrains")):
                         for precision in ("fp32", "bf16"):
@@ -201,7 +207,9 @@ def sampling(options) -> dict:
                 "the tutorials' loop, fp32": case | {"name": "reference sampling"},
                 "ours": case | {"name": "our sampling"},
             }
-            title = f"Sampling, {network}, {batch_size} images at a time (evaluations of the network x images, a second)"
+            title = (
+                f"Sampling, {network}, {batch_size} images at a time (evaluations of the network x images, a second)"
+            )
             found[title] = measure(title, cases, options)
     return found
 
@@ -211,19 +219,145 @@ def scaling(options) -> dict:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         ours = {"name": "our training", "folder": folder}
-        for title, cases in {
-            "Scaling with the batch, unet 64": {
-                f"batch {size}": ours | {"overrides": NETWORKS["unet 64"], "batch_size": size} for size in (8, 32, 128)
+        training = {
+            "Training step over batch size, unet 64": {
+                size: ours | {"overrides": NETWORKS["unet 64"], "batch_size": size} for size in (8, 32, 128)
             },
-            "Scaling with the width, unet, batch 32": {
-                f"width {size}": ours | {"overrides": ["model=unet", f"model.hidden_size={size}"], "batch_size": 32}
+            "Training step over width, unet, batch 32": {
+                size: ours | {"overrides": ["model=unet", f"model.hidden_size={size}"], "batch_size": 32}
                 for size in (32, 64, 128)
             },
-            "Scaling with the number of images, unet 32, batch 64": {
-                f"{size} images": ours
-                | {"overrides": [*NETWORKS["unet 32"], f"dataset.num_images={size}"], "batch_size": 64}
-                for size in (5_000, 50_000)
-            },
-        }.items():
-            found[title] = measure(title, cases, options)
+        }
+        sampling = {
+            "Sampling over number of images, ddpm 32": {
+                size: {"name": "our sampling", "overrides": NETWORKS["ddpm 32"], "batch_size": size}
+                for size in (16, 64, 256)
+            }
+        }
+        for title, cases in (training | sampling).items():
+            found[title] = rows = measure(title, {str(size): case for size, case in cases.items()}, options)
+            for row in rows:
+                row["seconds_per_step"] = row["case"]["batch_size"] / row["images_per_second"]
     return found
+
+
+def _slope(rows: list[dict]) -> float:
+    """Of log(seconds a step) over log(size), by least squares."""
+    points = [(math.log(float(row["label"])), math.log(row["seconds_per_step"])) for row in rows]
+    x, y = (statistics.mean(values) for values in zip(*points, strict=True))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, b in points)
+
+
+def _forget_files(folder: Path) -> None:
+    """Drops the files of a folder from the system's cache, as after a restart of the machine."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _seconds_to_first_step() -> float:
+    """From the command to the line of the first training step."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, "main.py", "experiment=demo", "train.log_every=1", f"runtime.output_dir={run}"]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not ((metrics := run / "metrics.jsonl").exists() and metrics.stat().st_size):
+            if process.poll() is not None:
+                raise SystemExit(f"{' '.join(command)}: ended with {process.returncode}")
+            time.sleep(0.01)
+        seconds = time.perf_counter() - start
+        process.terminate()
+        process.wait()
+    return seconds
+
+
+def start(options) -> dict:
+    """How long a user waits."""
+
+    def seconds_of(*arguments: str) -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "main.py", *arguments], capture_output=True, check=False)
+        return time.perf_counter() - begin
+
+    subprocess.run([sys.executable, "prepare_data.py", "experiment=demo"], check=True, stdout=subprocess.DEVNULL)
+    waits = {
+        "`python main.py --help`": lambda: seconds_of("--help"),
+        "`python main.py train.lr=1`, an error": lambda: seconds_of("train.lr=1"),
+        "`python main.py experiment=demo`, first step": _seconds_to_first_step,
+    }
+    rows = []
+    for label, wait in waits.items():
+        for is_cold in (True, False) if hasattr(os, "posix_fadvise") else (False,):
+            found = []
+            for _ in range(max(3, options.rounds)):
+                if is_cold:
+                    _forget_files(Path(sys.prefix))
+                found.append(wait())
+            state = "cold" if is_cold else "warm"
+            seconds = {"seconds": statistics.median(found), "lowest": min(found), "highest": max(found)}
+            rows.append({"label": f"{label}, {state}"} | seconds)
+    return {"Start": rows}
+
+
+# ---- the report
+
+
+def to_markdown(found: dict, environment: dict) -> str:
+    """Every table, and the machine they were measured on."""
+    peak = max((row["gflops"] for row in found.get("Peaks", [])), default=None)
+    parts = [" · ".join(f"{key} {value}" for key, value in environment.items())]
+    for title, rows in found.items():
+        if title == "Start":
+            body = "| | seconds | lowest-highest |\n|---|---:|---:|\n" + "\n".join(
+                f"| {row['label']} | {row['seconds']:.2f} | {row['lowest']:.2f}-{row['highest']:.2f} |" for row in rows
+            )
+        elif "seconds_per_step" in rows[0]:
+            body = table(rows, peak, over=None) + f"\n\nSlope of log(seconds a step): {_slope(rows):.2f}"
+        else:
+            over = None if title == "Peaks" else "previous" if title.startswith("Step") else "first"
+            body = table(rows, peak, over)
+        parts.append(f"### {title}\n\n{body}")
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_machine() -> dict:
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), processor)
+    device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return device | {
+        "processor": f"{processor}, {available_cpus()} CPUs",
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"some of {' '.join(SECTIONS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each contender takes")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
+    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="without .json and .md")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - SECTIONS.keys():
+        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {' '.join(SECTIONS)}")
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds and --seconds must be positive")
+    found = {}
+    for name in options.sections or SECTIONS:
+        found |= SECTIONS[name](options)
+    environment = describe_machine()
+    report = to_markdown(found, environment)
+    options.out.with_suffix(".json").write_text(json.dumps({"environment": environment, "tables": found}, indent=2))
+    options.out.with_suffix(".md").write_text(report)
+    print(report)
+
+
+SECTIONS = {section.__name__: section for section in (peaks, training, steps, sampling, scaling, start)}
+
+if __name__ == "__main__":
+    main()

@@ -18,14 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling import build
 from modeling.config import parse
 from modeling.data import load_images
-from modeling.diffusion import DiffusionModel, get_schedules
+from modeling.diffusion import get_schedules
 from modeling.images import to_model_range
 from modeling.progress import progress_bar
 from modeling.run import Run
 from modeling.run_folder import RunFolder
 from modeling.runtime import autocast, keep_freed_memory, place, resolve_device
 from modeling.samplers import sample_images
-from modeling.stage import read_manifest
+from modeling.stage import identify, read_manifest
 from modeling.training import fit
 
 NUM_TIMESTEPS, BETAS = 1000, (1e-4, 0.02)
@@ -181,7 +181,8 @@ def our_run(overrides: list[str], folder: str) -> Run:
     """The objects that `main.py` makes from these overrides."""
     config = compose(overrides)
     machine = build.build_runtime(config.runtime)
-    return Run(config, read_manifest(config.dataset), RunFolder(Path(folder), {}), *machine)
+    identity = identify(config, 1, data_sha256="", code_sha256="")
+    return Run(config, read_manifest(config.dataset), RunFolder(Path(folder), identity), *machine)
 
 
 def our_training(overrides: list[str], batch_size: int, folder: str) -> Contender:
@@ -207,11 +208,31 @@ def our_training(overrides: list[str], batch_size: int, folder: str) -> Contende
     return Contender(steps, batch_size, flops)
 
 
+def _peer_training(loss_of, network: nn.Module, x_0: Tensor, precision: str, optimizer) -> Contender:
+    """The training step that both packages' examples have; `loss_of(images)` is the package's own part."""
+    device = resolve_device("auto")
+    flops = _network_flops(network, with_gradient=True, time=500.0)
+    network.to(device)
+    optimizer = optimizer(network.parameters(), lr=1e-4)
+    x_0 = x_0.to(device)
+
+    def run(num_steps: int) -> None:
+        for _ in range(num_steps):
+            with autocast(device, precision):
+                loss = loss_of(x_0)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+    return Contender(run, len(x_0), flops)
+
+
 def diffusers_training(batch_size: int, precision: str = "fp32") -> Contender:
     """The training step of diffusers' unconditional example, with the network of google/ddpm-cifar10-32."""
     from diffusers import DDPMScheduler, UNet2DModel
 
-    torch.manual_seed(0)
     network = UNet2DModel(
         sample_size=32,
         block_out_channels=(128, 256, 256, 256),
@@ -223,49 +244,24 @@ def diffusers_training(batch_size: int, precision: str = "fp32") -> Contender:
         attention_head_dim=None,
         norm_eps=1e-6,
     )
-    flops = _network_flops(network, with_gradient=True, time=500.0)
     scheduler = DDPMScheduler(NUM_TIMESTEPS)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-    x_0 = torch.rand(batch_size, 3, 32, 32) * 2 - 1
 
-    def run(num_steps: int) -> None:
-        for _ in range(num_steps):
-            noise = torch.randn_like(x_0)
-            timesteps = torch.randint(0, NUM_TIMESTEPS, (batch_size,))
-            with autocast("cpu", precision):
-                eps = network(scheduler.add_noise(x_0, noise, timesteps), timesteps).sample
-            loss = F.mse_loss(eps.float(), noise)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
+    def loss_of(x_0: Tensor) -> Tensor:
+        noise = torch.randn_like(x_0)
+        timesteps = torch.randint(0, NUM_TIMESTEPS, (len(x_0),), device=x_0.device)
+        eps = network(scheduler.add_noise(x_0, noise, timesteps), timesteps).sample
+        return F.mse_loss(eps.float(), noise)
 
-    return Contender(run, batch_size, flops)
+    return _peer_training(loss_of, network, torch.rand(batch_size, 3, 32, 32) * 2 - 1, precision, torch.optim.AdamW)
 
 
 def lucidrains_training(batch_size: int, precision: str = "fp32") -> Contender:
     """The training step of denoising-diffusion-pytorch, with the network of its README."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-    torch.manual_seed(0)
     network = Unet(dim=64, dim_mults=(1, 2, 4, 8), flash_attn=False)
-    flops = _network_flops(network, with_gradient=True, time=500.0)
-    diffusion = GaussianDiffusion(network, image_size=32, timesteps=NUM_TIMESTEPS)
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4)
-    images = torch.rand(batch_size, 3, 32, 32)
-
-    def run(num_steps: int) -> None:
-        for _ in range(num_steps):
-            with autocast("cpu", precision):
-                loss = diffusion(images)
-            loss.backward()
-            nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
-
-    return Contender(run, batch_size, flops)
+    diffusion = GaussianDiffusion(network, image_size=32, timesteps=NUM_TIMESTEPS).to(resolve_device("auto"))
+    return _peer_training(diffusion, network, torch.rand(batch_size, 3, 32, 32), precision, torch.optim.Adam)
 
 
 # ---- sampling: a step is one evaluation of the network for all images

@@ -11,6 +11,8 @@ import sys
 import time
 
 from benchmarks.contenders import CONTENDERS
+from modeling.config import ConfigError
+from modeling.run_folder import RunError
 from modeling.runtime import peak_memory_bytes
 
 
@@ -26,7 +28,10 @@ def timed(run, seconds: float) -> tuple[int, float]:
 
 
 def main(arguments: dict) -> None:
-    contender = CONTENDERS[arguments.pop("name")](**arguments)
+    try:
+        contender = CONTENDERS[arguments.pop("name")](**arguments)
+    except (ConfigError, RunError) as error:
+        sys.exit(str(error))
     contender.run(1)  # allocations, kernels chosen, compilation
     contender.run(1)
     print(json.dumps({"flops_per_image": contender.flops_per_image}), flush=True)

@@ -435,6 +435,8 @@ def test_a_metrics_line_that_cannot_be_written_ends_the_run_and_is_repaired(tiny
 def anonymous_bytes(pid: int) -> int:
     """Memory of a process's own; without pages of files, which the system takes away and gives back as it likes."""
     status = Path(f"/proc/{pid}/status").read_text()
+    if "RssAnon:" not in status:
+        raise psutil.ZombieProcess(pid)
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 

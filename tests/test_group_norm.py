@@ -29,7 +29,10 @@ def outcome(norm: nn.GroupNorm, x: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("pixels", [1, 8, 32])
 @pytest.mark.parametrize(("num_groups", "channels"), [(8, 32), (8, 64), (8, 128)])
 def test_it_is_the_function_and_the_gradient_of_group_norm(layout, pixels, num_groups, channels):
-    ours, plain = GroupNorm(num_groups, channels, eps=1e-6).double(), nn.GroupNorm(num_groups, channels, eps=1e-6).double()
+    ours, plain = (
+        GroupNorm(num_groups, channels, eps=1e-6).double(),
+        nn.GroupNorm(num_groups, channels, eps=1e-6).double(),
+    )
     for parameter in ours.parameters():
         nn.init.normal_(parameter)
     plain.load_state_dict(ours.state_dict())

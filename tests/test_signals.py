@@ -106,8 +106,8 @@ with stopping_on_signals():
             time.sleep(0.05)
         print("worker went on", flush=True)
         os._exit(0)
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(10)
     finally:
         print("saving", flush=True)
