@@ -45,9 +45,10 @@ def main(values: DictConfig) -> None:
 
     size = (build.IMAGE_CHANNELS, build.IMAGE_SIZE, build.IMAGE_SIZE)
     num_steps = options.num_steps or config.diffusion.num_timesteps
+    batch_size = options.batch_size or (512 if device.type == "cuda" else 64)
     batches = []
-    for start in range(0, options.num_images, options.batch_size):
-        count = min(options.batch_size, options.num_images - start)
+    for start in range(0, options.num_images, batch_size):
+        count = min(batch_size, options.num_images - start)
         label = f"images {start + 1}-{start + count} of {options.num_images}"
         images = sample_images(
             model,

@@ -1,9 +1,7 @@
 """One contender in a process of its own, told by `benchmark.py` when to run and for how long.
 
-    python -m benchmarks.worker '{"name": "our training", "overrides": [...], ...}'
-
-Lines on standard input: a number of seconds. Lines on standard output: JSON; first the contender's FLOPs, then for each
-number what was done, at the end the peak memory.
+Lines of JSON on standard input: the contender and its arguments, then numbers of seconds to run for. On standard
+output: its FLOPs, when it is warm; for each number what was done; at the end the peak memory.
 """
 
 import json
@@ -14,6 +12,8 @@ from benchmarks.contenders import CONTENDERS
 from modeling.config import ConfigError
 from modeling.run_folder import RunError
 from modeling.runtime import peak_memory_bytes
+
+WARM_UP_SECONDS = 5  # whoever takes so long for a step has no more to gain
 
 
 def timed(run, seconds: float) -> tuple[int, float]:
@@ -27,19 +27,20 @@ def timed(run, seconds: float) -> tuple[int, float]:
     return 1 + num_steps, time.perf_counter() - start
 
 
-def main(arguments: dict) -> None:
+def main() -> None:
+    arguments = json.loads(sys.stdin.readline())
     try:
         contender = CONTENDERS[arguments.pop("name")](**arguments)
     except (ConfigError, RunError) as error:
         sys.exit(str(error))
-    contender.run(1)  # allocations, kernels chosen, compilation
-    contender.run(1)
+    if timed(contender.run, 0)[1] < WARM_UP_SECONDS:  # allocations, kernels chosen, compilation
+        contender.run(1)
     print(json.dumps({"flops_per_image": contender.flops_per_image}), flush=True)
     for line in sys.stdin:
-        num_steps, seconds = timed(contender.run, float(line))
+        num_steps, seconds = timed(contender.run, json.loads(line))
         print(json.dumps({"images": num_steps * contender.images_per_step, "seconds": seconds}), flush=True)
     print(json.dumps({"memory_bytes": peak_memory_bytes()}), flush=True)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main()

@@ -183,7 +183,7 @@ class SampleConfig(Machine):
     checkpoint: Text  # model.safetensors, or a full checkpoint (.pt)
     out: Text  # the PNG to write
     num_images: PositiveInt
-    batch_size: PositiveInt  # sampled at a time; the images do not depend on it
+    batch_size: PositiveInt | None  # sampled at a time, the images do not depend on it; null: 64, on CUDA 512
     num_steps: PositiveInt | None  # network evaluations; null: every timestep
     eta: Annotated[float, Field(ge=0)]  # 0: DDIM, 1: ancestral with the posterior variance
     clip_x0: bool
