@@ -24,6 +24,7 @@ from modeling.checkpoint import (
     _seal,
     export_weights,
     load_checkpoint,
+    load_fitting,
     load_weights,
     save_checkpoint,
 )
@@ -130,6 +131,30 @@ def test_a_disk_that_does_not_give_back_what_was_written_is_an_error(tmp_path, m
         save(tmp_path / "last.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_moments_saved_in_another_memory_layout_are_taken_up_in_that_of_the_weights():
+    """The fused kernel walks through both in the order of memory and would pair the wrong numbers, without a word."""
+
+    def layer_and_optimizer(layout, is_fused):
+        layer = nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        layer.load_state_dict(start)
+        return layer, Adam(layer.parameters(), lr=0.1, fused=is_fused)
+
+    def take_step(layer, optimizer):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+        return layer.weight.detach()
+
+    start, x = nn.Conv2d(3, 4, 3).state_dict(), torch.randn(2, 3, 8, 8)
+    plain, plain_optimizer = layer_and_optimizer(torch.contiguous_format, is_fused=False)
+    take_step(plain, plain_optimizer)
+    start, state = copy.deepcopy(plain.state_dict()), copy.deepcopy(plain_optimizer.state_dict())
+    placed, optimizer = layer_and_optimizer(torch.channels_last, is_fused=True)
+    load_fitting(optimizer, state, "file")
+    assert optimizer.state[placed.weight]["exp_avg"].stride() == placed.weight.stride()
+    torch.testing.assert_close(take_step(placed, optimizer), take_step(plain, plain_optimizer))
 
 
 def test_exported_weights_come_back_with_their_configuration(tmp_path):

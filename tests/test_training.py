@@ -19,9 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from modeling.build import build_optimizer
 from modeling.config import parse
 from modeling.data import Batches
+from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
 from modeling.ema import Ema
 from modeling.run_step import RunStep, TrainState
+from modeling.runtime import place
 from modeling.samplers import sample_respaced
 from modeling.signals import Stopped, stopping_on_signals
 from modeling.training import fit, generate_samples, train_epoch, train_step
@@ -119,6 +121,26 @@ def test_the_gradient_is_clipped_to_its_norm():
     run(model, last_step=1, learning_rate=lambda step: 0.0, max_grad_norm=1e-3)
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("network", [lambda: UnetModel(3, 3, 8), lambda: DdpmUnet(3, 3, 8, (1, 2), 1, (16,))])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_and_moments_lie_in_memory_as_their_weights_do(network, precision):
+    """Fused optimizers take it for granted."""
+    model = place(DiffusionModel(network(), (1e-4, 0.02), 20), torch.device("cpu"))
+    optimizer = Adam(model.parameters(), fused=True)
+    train_step(model, torch.rand(2, 3, 32, 32), optimizer, "cpu", precision=precision)
+    for name, parameter in model.named_parameters():
+        values = [parameter.grad, *(value for value in optimizer.state[parameter].values() if value.ndim)]
+        assert len(values) == 3
+        for value in values:
+            assert in_memory_order(value) == in_memory_order(parameter), name
+
+
+def in_memory_order(tensor: torch.Tensor) -> list[int]:
+    """Its dimensions longer than 1, the outermost first."""
+    longer = [dim for dim in range(tensor.ndim) if tensor.shape[dim] > 1]
+    return sorted(longer, key=lambda dim: -tensor.stride(dim))
 
 
 def test_bf16_keeps_weights_and_loss_in_float32_and_close_to_fp32():

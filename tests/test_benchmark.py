@@ -1,0 +1,99 @@
+"""The benchmark measures what it says: the same network, its true FLOPs, exact slopes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import benchmark
+from benchmarks import contenders
+from benchmarks.worker import timed
+from tests.conftest import ROOT, TINY
+
+
+@pytest.fixture
+def overrides(tiny_data, tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.chdir(ROOT)
+    return [*TINY, f"dataset.root={tiny_data}"]
+
+
+def test_the_slope_of_a_power_law_is_its_exponent():
+    rows = [{"label": str(size), "seconds_per_step": 3 * size**0.7} for size in (8, 32, 128)]
+    assert benchmark._slope(rows) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("over", "ratios"), [("first", ["1.00", "2.00", "4.00"]), ("previous", ["1.00", "2.00", "2.00"])]
+)
+def test_ratios_refer_to_the_row_that_is_meant(over, ratios):
+    rows = [
+        {"label": "x", "images_per_second": rate, "lowest": 1, "highest": 2, "gflops": rate, "memory_bytes": 1e9}
+        for rate in (10, 20, 40)
+    ]
+    lines = benchmark.table(rows, peak_gflops=80, over=over).splitlines()[2:]
+    assert [line.split(" | ")[3] for line in lines] == ratios
+    assert [line.split(" | ")[5] for line in lines] == ["12 %", "25 %", "50 %"]
+
+
+def test_the_flops_of_the_assignments_network_are_those_worked_out_by_hand():
+    """0.34 GFLOP an image forward at width 32, three times that for a training step (less the gradient of x)."""
+    network = contenders._plain_network(contenders.compose(["model=unet", "model.hidden_size=32"]))
+    forward = contenders._network_flops(network, with_gradient=False)
+    assert forward == pytest.approx(0.34e9, rel=0.02)
+    assert contenders._network_flops(network, with_gradient=True) == pytest.approx(3 * forward, rel=0.02)
+
+
+def test_both_loops_train_the_same_network_and_advance(overrides, tmp_path):
+    ours = contenders.our_training(overrides, 4, str(tmp_path / "run"))
+    theirs = contenders.reference_training(overrides, 4, "", has_images_in_memory=True)
+    assert ours.flops_per_image == theirs.flops_per_image > 1e6
+    for contender in (ours, theirs):
+        done, seconds = timed(contender.run, 0.05)
+        assert done >= 1
+        assert seconds > 0
+
+
+def test_our_loop_does_the_steps_it_counts(overrides, tmp_path, monkeypatch):
+    made, original = [], contenders.our_run
+    monkeypatch.setattr(contenders, "our_run", lambda *args: made.append(original(*args)) or made[-1])
+    contender = contenders.our_training(overrides, 4, str(tmp_path / "run"))
+    contender.run(3)
+    contender.run(20)
+    assert made[0].state.step == 23
+
+
+def test_both_samplers_evaluate_the_network_once_a_step(overrides):
+    calls = []
+    for name in ("reference_sampling", "our_sampling"):
+        contender = getattr(contenders, name)(overrides, 2)
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: calls.append(1) if type(module).__name__ == "DdpmUnet" else None
+        )
+        contender.run(5)
+        hook.remove()
+        assert len(calls) == 5, name
+        calls.clear()
+
+
+@pytest.mark.slow
+def test_the_command_writes_tables_and_their_numbers(tmp_path):
+    out = tmp_path / "speed"
+    command = [sys.executable, "benchmark.py", "peaks", "--rounds", "2", "--seconds", "0.1", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = json.loads(out.with_suffix(".json").read_text())["tables"]["Peaks"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["lowest"] <= row["images_per_second"] <= row["highest"]
+        assert row["gflops"] > 1
+        assert row["memory_bytes"] > 1e8
+    assert out.with_suffix(".md").read_text() in done.stdout
+    assert "100 %" in done.stdout  # the fastest is the peak
+
+
+@pytest.mark.parametrize("arguments", [["sampeling"], ["--rounds", "0"], ["--seconds", "-1"]])
+def test_wrong_arguments_are_refused_at_once(arguments):
+    done = subprocess.run([sys.executable, "benchmark.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "benchmark.py: error" in done.stderr
