@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -37,6 +38,9 @@ NETWORKS = {  # what the tables call it -> overrides
     "ddpm 32": ["model=ddpm"],
     "ddpm 128": ["model=ddpm_paper"],
 }
+
+
+Tables = Iterator[tuple[str, list[dict]]]
 
 
 class Worker:
@@ -140,20 +144,19 @@ def extracted_cifar10():
         yield folder
 
 
-# ---- the sections; each returns {title: rows}
+# ---- the sections; each yields (title, rows)
 
 
-def peaks(options) -> dict:
+def peaks(options) -> Tables:
     cases = {
         f"{precision} {what}": {"name": f"peak {kind}", "precision": precision}
         for what, kind in (("matrix product, 4096", "matmul"), ("convolution, 256 channels, 16x16", "convolution"))
         for precision in ("fp32", "bf16")
     }
-    return {"Peaks": measure("peaks", cases, options)}
+    yield "Peaks", measure("peaks", cases, options)
 
 
-def training(options) -> dict:
-    found = {}
+def training(options) -> Tables:
     with extracted_cifar10() as cifar10, tempfile.TemporaryDirectory() as folder:
         for network, overrides in NETWORKS.items():
             for batch_size in (16, 128):
@@ -173,20 +176,19 @@ def training(options) -> dict:
                                 peer = {"name": f"{name} training", "batch_size": 16, "precision": precision}
                                 cases[f"{package}, {precision}"] = peer
                 title = f"Training, {network}, batch {batch_size}"
-                found[title] = measure(title, cases, options)
-    return found
+                yield title, measure(title, cases, options)
 
 
-def steps(options) -> dict:
+def steps(options) -> Tables:
     """From the tutorials' loop to ours, one thing after the other."""
     switches = {
         "freed memory kept": {"has_kept_memory": True},
         "bf16": {"precision": "bf16"},
         "channels last": {"is_channels_last": True},
+        "GroupNorm on contiguous copies, ReLU in place": {"has_fast_layers": True},
         "images in memory, batches at once": {"has_images_in_memory": True},
         "fused Adam, loss read every 25 steps": {"is_fused": True},
     }
-    found = {}
     with extracted_cifar10() as cifar10, tempfile.TemporaryDirectory() as folder:
         for network, batch_size in (("unet 128", 32), ("unet 32", 128), ("ddpm 32", 64)):  # all fit in 16 GB
             case = {"overrides": NETWORKS[network], "batch_size": batch_size}
@@ -199,12 +201,10 @@ def steps(options) -> dict:
                 cases["+ torch.compile"] = reference | {"is_compiled": True}
             cases["ours"] = case | {"name": "our training", "folder": folder}
             title = f"Step by step, {network}, batch {batch_size}"
-            found[title] = measure(title, cases, options)
-    return found
+            yield title, measure(title, cases, options)
 
 
-def sampling(options) -> dict:
-    found = {}
+def sampling(options) -> Tables:
     for network in ("unet 128", "ddpm 32", "ddpm 128"):
         for batch_size in (8, 64):
             case = {"overrides": NETWORKS[network], "batch_size": batch_size}
@@ -215,13 +215,11 @@ def sampling(options) -> dict:
             title = (
                 f"Sampling, {network}, {batch_size} images at a time (evaluations of the network x images, a second)"
             )
-            found[title] = measure(title, cases, options)
-    return found
+            yield title, measure(title, cases, options)
 
 
-def scaling(options) -> dict:
+def scaling(options) -> Tables:
     """How the time of a step grows with the batch and the width: the slope of log(seconds) over log(size)."""
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         ours = {"name": "our training", "folder": folder}
         training = {
@@ -240,10 +238,10 @@ def scaling(options) -> dict:
             }
         }
         for title, cases in (training | sampling).items():
-            found[title] = rows = measure(title, {str(size): case for size, case in cases.items()}, options)
+            rows = measure(title, {str(size): case for size, case in cases.items()}, options)
             for row in rows:
                 row["seconds_per_step"] = row["case"]["batch_size"] / row["images_per_second"]
-    return found
+            yield title, rows
 
 
 def _slope(rows: list[dict]) -> float:
@@ -278,7 +276,7 @@ def _seconds_to_first_step() -> float:
     return seconds
 
 
-def start(options) -> dict:
+def start(options) -> Tables:
     """How long a user waits."""
 
     def seconds_of(*arguments: str) -> float:
@@ -303,7 +301,7 @@ def start(options) -> dict:
             state = "cold" if is_cold else "warm"
             seconds = {"seconds": statistics.median(found), "lowest": min(found), "highest": max(found)}
             rows.append({"label": f"{label}, {state}"} | seconds)
-    return {"Start": rows}
+    yield "Start", rows
 
 
 # ---- the report
@@ -354,10 +352,12 @@ def main() -> None:
         parser.error("--rounds and --seconds must be positive")
     found, environment = {}, describe_machine()
     for name in options.sections or SECTIONS:
-        found |= SECTIONS[name](options)
-        report = to_markdown(found, environment)  # after each section: the next one may run out of memory
-        options.out.with_suffix(".json").write_text(json.dumps({"environment": environment, "tables": found}, indent=2))
-        options.out.with_suffix(".md").write_text(report)
+        for title, rows in SECTIONS[name](options):
+            found[title] = rows
+            report = to_markdown(found, environment)  # after each table: the next one may run out of memory
+            record = {"environment": environment, "tables": found}
+            options.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+            options.out.with_suffix(".md").write_text(report)
     print(report)
 
 

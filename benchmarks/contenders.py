@@ -19,6 +19,7 @@ from modeling import build
 from modeling.config import parse
 from modeling.data import load_images
 from modeling.diffusion import get_schedules
+from modeling.group_norm import GroupNorm
 from modeling.images import to_model_range
 from modeling.progress import progress_bar
 from modeling.run import Run
@@ -55,13 +56,15 @@ def compose(overrides: list[str]):
         return parse(hydra.compose("config", overrides))
 
 
-def _plain_network(config) -> nn.Module:
-    """The configured network as a tutorial has it: without what was done to it for speed."""
+def _plain_network(config, has_fast_layers: bool = False) -> nn.Module:
+    """The configured network as a tutorial has it: without what was done to its layers for speed."""
     torch.manual_seed(0)
     network = build.build_eps_model(config.model)
-    for module in network.modules():
+    for module in network.modules() if not has_fast_layers else ():
         if isinstance(module, nn.ReLU):
             module.inplace = False
+        elif isinstance(module, GroupNorm):
+            module.__class__ = nn.GroupNorm
     return network
 
 
@@ -127,6 +130,7 @@ def reference_training(
     has_kept_memory: bool = False,
     has_images_in_memory: bool = False,
     is_channels_last: bool = False,
+    has_fast_layers: bool = False,
     is_fused: bool = False,
     is_compiled: bool = False,
 ) -> Contender:
@@ -137,13 +141,14 @@ def reference_training(
         cifar10: the folder in which torchvision finds `cifar-10-batches-py`.
         num_workers: of the DataLoader.
         has_kept_memory: see `modeling.runtime.keep_freed_memory`.
+        has_fast_layers: GroupNorm from `modeling.group_norm`, and ReLU in place.
         is_fused: one kernel for all of Adam, and the loss read every 25 steps only.
     """
     if has_kept_memory:
         keep_freed_memory()
     config = compose(overrides)
     device = resolve_device(config.runtime.device)
-    network = _plain_network(config).to(device)
+    network = _plain_network(config, has_fast_layers).to(device)
     flops = _network_flops(network, with_gradient=True)
     if is_channels_last:
         network = network.to(memory_format=torch.channels_last)

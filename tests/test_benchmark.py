@@ -45,6 +45,18 @@ def test_the_flops_of_the_assignments_network_are_those_worked_out_by_hand():
     assert contenders._network_flops(network, with_gradient=True) == pytest.approx(3 * forward, rel=0.02)
 
 
+def test_the_plain_network_is_the_same_function():
+    config = contenders.compose(["model=ddpm"])
+    ours, plain = contenders._plain_network(config, has_fast_layers=True), contenders._plain_network(config)
+    assert not any(
+        type(module).__name__ == "GroupNorm" and type(module) is not torch.nn.GroupNorm for module in plain.modules()
+    )
+    for layer in (ours.conv_out, plain.conv_out):  # zero in a new network
+        torch.nn.init.ones_(layer.weight)
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([0.1, 0.9])
+    torch.testing.assert_close(ours.to(memory_format=torch.channels_last)(x, t), plain(x, t), rtol=1e-3, atol=1e-3)
+
+
 def test_both_loops_train_the_same_network_and_advance(overrides, tmp_path):
     ours = contenders.our_training(overrides, 4, str(tmp_path / "run"))
     theirs = contenders.reference_training(overrides, 4, "", has_images_in_memory=True)
