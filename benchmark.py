@@ -1,7 +1,7 @@
 """How fast training, sampling and the start are: against the loop of the tutorials, other packages and the machine.
 
     python prepare_data.py && python benchmark.py       # everything; about 20 minutes on two cores
-    python benchmark.py training sampling               # some of: peaks training steps sampling scaling start
+    python benchmark.py training sampling               # some of: peaks training steps layers sampling scaling start
     python benchmark.py --seconds 0.5 --rounds 1        # a quick look
 
 Every contender is a process of its own and all of a table take turns, so that what else the machine does hits them
@@ -204,6 +204,19 @@ def steps(options) -> Tables:
             yield title, measure(title, cases, options)
 
 
+def layers(options) -> Tables:
+    """GroupNorm, which is slow with the channels last where a group has few of them."""
+    for channels, num_groups, pixels in ((32, 8, 32), (64, 16, 16), (128, 32, 16), (128, 8, 32)):
+        case = {"name": "group norm", "channels": channels, "num_groups": num_groups, "pixels": pixels}
+        cases = {
+            "PyTorch's, channels last": case | {"is_channels_last": True, "is_ours": False},
+            "PyTorch's, contiguous": case | {"is_channels_last": False, "is_ours": False},
+            "ours, channels last": case | {"is_channels_last": True, "is_ours": True},
+        }
+        title = f"GroupNorm of {channels} channels in {num_groups} groups at {pixels}x{pixels}, bf16"
+        yield title, measure(title, cases, options)
+
+
 def sampling(options) -> Tables:
     for network in ("unet 128", "ddpm 32", "ddpm 128"):
         for batch_size in (8, 64):
@@ -361,7 +374,7 @@ def main() -> None:
     print(report)
 
 
-SECTIONS = {section.__name__: section for section in (peaks, training, steps, sampling, scaling, start)}
+SECTIONS = {section.__name__: section for section in (peaks, training, steps, layers, sampling, scaling, start)}
 
 if __name__ == "__main__":
     main()

@@ -307,6 +307,26 @@ def our_sampling(overrides: list[str], batch_size: int) -> Contender:
     return Contender(run, batch_size, flops)
 
 
+# ---- a layer
+
+
+def group_norm(channels: int, num_groups: int, pixels: int, is_channels_last: bool, is_ours: bool) -> Contender:
+    """GroupNorm of 64 images in bf16, forward and backward."""
+    keep_freed_memory()
+    layer = (GroupNorm if is_ours else nn.GroupNorm)(num_groups, channels)
+    x = torch.randn(64, channels, pixels, pixels, dtype=torch.bfloat16)
+    if is_channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    grad = torch.randn_like(x)
+    x.requires_grad_()
+
+    def run(num_steps: int) -> None:
+        for _ in repeat(None, num_steps):
+            torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad)
+
+    return Contender(run, len(x), 0)
+
+
 # ---- the machine's own limits
 
 
@@ -348,6 +368,7 @@ CONTENDERS = {
     "lucidrains training": lucidrains_training,
     "reference sampling": reference_sampling,
     "our sampling": our_sampling,
+    "group norm": group_norm,
     "peak matmul": peak_matmul,
     "peak convolution": peak_convolution,
 }
