@@ -11,9 +11,7 @@ alike; the numbers are medians over the rounds, with the lowest and the highest.
 import argparse
 import contextlib
 import json
-import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,14 +19,13 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from modeling.runtime import available_cpus
+from benchmarks.report import describe_machine, to_markdown
+from benchmarks.turns import measure
 
 ARCHIVE = Path("downloads/cifar-10-python.tar.gz")
 NETWORKS = {  # what the tables call it -> overrides
@@ -41,96 +38,6 @@ NETWORKS = {  # what the tables call it -> overrides
 
 
 Tables = Iterator[tuple[str, list[dict]]]
-
-
-class Worker:
-    """A contender's process."""
-
-    def __init__(self, label: str, case: dict):
-        self.label, self.case, self.rates = label, case, []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.label}: ended with {self.process.wait()} (-9: out of memory)")
-        return json.loads(line)
-
-    def ask(self, question: object) -> dict:
-        with contextlib.suppress(BrokenPipeError):  # then there is nothing to read, either
-            self.process.stdin.write(f"{json.dumps(question)}\n")
-            self.process.stdin.flush()
-        return self.read()
-
-    def take_turn(self, seconds: float) -> None:
-        done = self.ask(seconds)
-        self.rates.append(done["images"] / done["seconds"])
-
-    def finish(self) -> int:
-        self.process.stdin.close()
-        memory = self.read()["memory_bytes"]
-        self.process.wait()
-        return memory
-
-
-def measure(title: str, cases: dict[str, dict], options: argparse.Namespace) -> list[dict]:
-    """Runs the cases in turns.
-
-    Args:
-        cases: label -> arguments of `benchmarks.worker`.
-
-    Returns:
-        A row for each: label, images_per_second (median), lowest, highest, gflops (a second), memory_bytes.
-    """
-    workers, flops = [], []
-    try:
-        workers += [Worker(label, case) for label, case in cases.items()]
-        for worker in workers:  # one after the other: the warm-up wants all cores
-            print(f"{title}: warming up {worker.label}", file=sys.stderr, flush=True)
-            flops.append(worker.ask(worker.case)["flops_per_image"])
-        for number in range(options.rounds):
-            print(f"{title}: round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
-            for worker in workers:
-                worker.take_turn(options.seconds)
-        memories = [worker.finish() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.process.kill()
-    return [
-        {
-            "label": worker.label,
-            "case": worker.case,
-            "images_per_second": statistics.median(worker.rates),
-            "lowest": min(worker.rates),
-            "highest": max(worker.rates),
-            "gflops": statistics.median(worker.rates) * per_image / 1e9,
-            "memory_bytes": memory,
-        }
-        for worker, per_image, memory in zip(workers, flops, memories, strict=True)
-    ]
-
-
-def table(rows: list[dict], peak_gflops: float | None, over: str | None = "first") -> str:
-    """Rows as Markdown.
-
-    Args:
-        over: what the ratio refers to: the first row, the previous one, or nothing.
-    """
-    lines = ["| | images/s | lowest-highest | ratio | GFLOP/s | of the peak | peak memory |", "|---|" + "---:|" * 6]
-    for index, row in enumerate(rows):
-        base = rows[0] if over == "first" else rows[max(0, index - 1)]
-        ratio = f"{row['images_per_second'] / base['images_per_second']:.2f}" if over else ""
-        share = f"{100 * row['gflops'] / peak_gflops:.0f} %" if peak_gflops else ""
-        lines.append(
-            f"| {row['label']} | {row['images_per_second']:.1f} | {row['lowest']:.1f}-{row['highest']:.1f} | {ratio} "
-            f"| {row['gflops']:,.0f} | {share} | {row['memory_bytes'] / 1e9:.2f} GB |"
-        )
-    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -153,7 +60,7 @@ def peaks(options) -> Tables:
         for what, kind in (("matrix product, 4096", "matmul"), ("convolution, 256 channels, 16x16", "convolution"))
         for precision in ("fp32", "bf16")
     }
-    yield "Peaks", measure("peaks", cases, options)
+    yield "Peaks", measure("peaks", cases, options.rounds, options.seconds)
 
 
 def training(options) -> Tables:
@@ -176,7 +83,7 @@ def training(options) -> Tables:
                                 peer = {"name": f"{name} training", "batch_size": 16, "precision": precision}
                                 cases[f"{package}, {precision}"] = peer
                 title = f"Training, {network}, batch {batch_size}"
-                yield title, measure(title, cases, options)
+                yield title, measure(title, cases, options.rounds, options.seconds)
 
 
 def steps(options) -> Tables:
@@ -201,7 +108,7 @@ def steps(options) -> Tables:
                 cases["+ torch.compile"] = reference | {"is_compiled": True}
             cases["ours"] = case | {"name": "our training", "folder": folder}
             title = f"Step by step, {network}, batch {batch_size}"
-            yield title, measure(title, cases, options)
+            yield title, measure(title, cases, options.rounds, options.seconds)
 
 
 def layers(options) -> Tables:
@@ -214,7 +121,7 @@ def layers(options) -> Tables:
             "ours, channels last": case | {"is_channels_last": True, "is_ours": True},
         }
         title = f"GroupNorm of {channels} channels in {num_groups} groups at {pixels}x{pixels}, bf16"
-        yield title, measure(title, cases, options)
+        yield title, measure(title, cases, options.rounds, options.seconds)
 
 
 def sampling(options) -> Tables:
@@ -228,7 +135,7 @@ def sampling(options) -> Tables:
             title = (
                 f"Sampling, {network}, {batch_size} images at a time (evaluations of the network x images, a second)"
             )
-            yield title, measure(title, cases, options)
+            yield title, measure(title, cases, options.rounds, options.seconds)
 
 
 def scaling(options) -> Tables:
@@ -251,17 +158,10 @@ def scaling(options) -> Tables:
             }
         }
         for title, cases in (training | sampling).items():
-            rows = measure(title, {str(size): case for size, case in cases.items()}, options)
+            rows = measure(title, {str(size): case for size, case in cases.items()}, options.rounds, options.seconds)
             for row in rows:
                 row["seconds_per_step"] = row["case"]["batch_size"] / row["images_per_second"]
             yield title, rows
-
-
-def _slope(rows: list[dict]) -> float:
-    """Of log(seconds a step) over log(size), by least squares."""
-    points = [(math.log(float(row["label"])), math.log(row["seconds_per_step"])) for row in rows]
-    x, y = (statistics.mean(values) for values in zip(*points, strict=True))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, b in points)
 
 
 def _forget_files(folder: Path) -> None:
@@ -315,41 +215,6 @@ def start(options) -> Tables:
             seconds = {"seconds": statistics.median(found), "lowest": min(found), "highest": max(found)}
             rows.append({"label": f"{label}, {state}"} | seconds)
     yield "Start", rows
-
-
-# ---- the report
-
-
-def to_markdown(found: dict, environment: dict) -> str:
-    """Every table, and the machine they were measured on."""
-    peak = max((row["gflops"] for row in found.get("Peaks", [])), default=None)
-    parts = [" · ".join(f"{key} {value}" for key, value in environment.items())]
-    for title, rows in found.items():
-        if title == "Start":
-            body = "| | seconds | lowest-highest |\n|---|---:|---:|\n" + "\n".join(
-                f"| {row['label']} | {row['seconds']:.2f} | {row['lowest']:.2f}-{row['highest']:.2f} |" for row in rows
-            )
-        elif "seconds_per_step" in rows[0]:
-            body = table(rows, peak, over=None) + f"\n\nSlope of log(seconds a step): {_slope(rows):.2f}"
-        else:
-            over = None if title == "Peaks" else "previous" if title.startswith("Step") else "first"
-            body = table(rows, peak, over)
-        parts.append(f"### {title}\n\n{body}")
-    return "\n\n".join(parts) + "\n"
-
-
-def describe_machine() -> dict:
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), processor)
-    device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return device | {
-        "processor": f"{processor}, {available_cpus()} CPUs",
-        "torch": version("torch"),
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
 
 
 def main() -> None:

@@ -8,11 +8,25 @@ import json
 import sys
 import time
 
-from benchmarks.contenders import CONTENDERS
+from benchmarks.kernels import group_norm, peak_convolution, peak_matmul
+from benchmarks.peers import diffusers_training, lucidrains_training
+from benchmarks.sampling import our_sampling, reference_sampling
+from benchmarks.training import our_training, reference_training
 from modeling.config import ConfigError
 from modeling.run_folder import RunError
 from modeling.runtime import peak_memory_bytes
 
+CONTENDERS = {
+    "reference training": reference_training,
+    "our training": our_training,
+    "diffusers training": diffusers_training,
+    "lucidrains training": lucidrains_training,
+    "reference sampling": reference_sampling,
+    "our sampling": our_sampling,
+    "group norm": group_norm,
+    "peak matmul": peak_matmul,
+    "peak convolution": peak_convolution,
+}
 WARM_UP_SECONDS = 5  # whoever takes so long for a step has no more to gain
 
 

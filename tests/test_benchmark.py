@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-import benchmark
-from benchmarks import contenders
+from benchmarks import sampling, training
+from benchmarks.contender import compose, network_flops, plain_network
+from benchmarks.report import slope, table
 from benchmarks.worker import timed
 from tests.conftest import ROOT, TINY
 
@@ -21,7 +22,7 @@ def overrides(tiny_data, tmp_path, monkeypatch) -> list[str]:
 
 def test_the_slope_of_a_power_law_is_its_exponent():
     rows = [{"label": str(size), "seconds_per_step": 3 * size**0.7} for size in (8, 32, 128)]
-    assert benchmark._slope(rows) == pytest.approx(0.7)
+    assert slope(rows) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(
@@ -32,22 +33,22 @@ def test_ratios_refer_to_the_row_that_is_meant(over, ratios):
         {"label": "x", "images_per_second": rate, "lowest": 1, "highest": 2, "gflops": rate, "memory_bytes": 1e9}
         for rate in (10, 20, 40)
     ]
-    lines = benchmark.table(rows, peak_gflops=80, over=over).splitlines()[2:]
+    lines = table(rows, peak_gflops=80, over=over).splitlines()[2:]
     assert [line.split(" | ")[3] for line in lines] == ratios
     assert [line.split(" | ")[5] for line in lines] == ["12 %", "25 %", "50 %"]
 
 
 def test_the_flops_of_the_assignments_network_are_those_worked_out_by_hand():
     """0.34 GFLOP an image forward at width 32, three times that for a training step (less the gradient of x)."""
-    network = contenders._plain_network(contenders.compose(["model=unet", "model.hidden_size=32"]))
-    forward = contenders._network_flops(network, with_gradient=False)
+    network = plain_network(compose(["model=unet", "model.hidden_size=32"]))
+    forward = network_flops(network, with_gradient=False)
     assert forward == pytest.approx(0.34e9, rel=0.02)
-    assert contenders._network_flops(network, with_gradient=True) == pytest.approx(3 * forward, rel=0.02)
+    assert network_flops(network, with_gradient=True) == pytest.approx(3 * forward, rel=0.02)
 
 
 def test_the_plain_network_is_the_same_function():
-    config = contenders.compose(["model=ddpm"])
-    ours, plain = contenders._plain_network(config, has_fast_layers=True), contenders._plain_network(config)
+    config = compose(["model=ddpm"])
+    ours, plain = plain_network(config, has_fast_layers=True), plain_network(config)
     assert not any(
         type(module).__name__ == "GroupNorm" and type(module) is not torch.nn.GroupNorm for module in plain.modules()
     )
@@ -58,8 +59,8 @@ def test_the_plain_network_is_the_same_function():
 
 
 def test_both_loops_train_the_same_network_and_advance(overrides, tmp_path):
-    ours = contenders.our_training(overrides, 4, str(tmp_path / "run"))
-    theirs = contenders.reference_training(overrides, 4, "", has_images_in_memory=True)
+    ours = training.our_training(overrides, 4, str(tmp_path / "run"))
+    theirs = training.reference_training(overrides, 4, "", has_images_in_memory=True)
     assert ours.flops_per_image == theirs.flops_per_image > 1e6
     for contender in (ours, theirs):
         done, seconds = timed(contender.run, 0.05)
@@ -68,9 +69,9 @@ def test_both_loops_train_the_same_network_and_advance(overrides, tmp_path):
 
 
 def test_our_loop_does_the_steps_it_counts(overrides, tmp_path, monkeypatch):
-    made, original = [], contenders.our_run
-    monkeypatch.setattr(contenders, "our_run", lambda *args: made.append(original(*args)) or made[-1])
-    contender = contenders.our_training(overrides, 4, str(tmp_path / "run"))
+    made, original = [], training.our_run
+    monkeypatch.setattr(training, "our_run", lambda *args: made.append(original(*args)) or made[-1])
+    contender = training.our_training(overrides, 4, str(tmp_path / "run"))
     contender.run(3)
     contender.run(20)
     assert made[0].state.step == 23
@@ -78,14 +79,14 @@ def test_our_loop_does_the_steps_it_counts(overrides, tmp_path, monkeypatch):
 
 def test_both_samplers_evaluate_the_network_once_a_step(overrides):
     calls = []
-    for name in ("reference_sampling", "our_sampling"):
-        contender = getattr(contenders, name)(overrides, 2)
+    for make in (sampling.reference_sampling, sampling.our_sampling):
+        contender = make(overrides, 2)
         hook = torch.nn.modules.module.register_module_forward_hook(
             lambda module, *_: calls.append(1) if type(module).__name__ == "DdpmUnet" else None
         )
         contender.run(5)
         hook.remove()
-        assert len(calls) == 5, name
+        assert len(calls) == 5, make
         calls.clear()
 
 

@@ -1,0 +1,72 @@
+"""What all contenders share: the network as a tutorial has it, its FLOPs, waiting for the device."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling import build
+from modeling.config import parse
+from modeling.group_norm import GroupNorm
+
+NUM_TIMESTEPS, BETAS = 1000, (1e-4, 0.02)
+LOG_EVERY = 25
+
+
+@dataclass
+class Contender:
+    """Something that can be timed.
+
+    Args:
+        run: does so many steps and returns when the device has done them.
+        images_per_step: images in a training batch, or images sampled at a time.
+        flops_per_image: of one step, for one image.
+    """
+
+    run: Callable[[int], None]
+    images_per_step: int
+    flops_per_image: float
+
+
+def compose(overrides: list[str]):
+    """The validated configuration that `main.py` would have with these overrides."""
+    import hydra
+
+    with hydra.initialize_config_dir(str(Path("conf").absolute()), version_base="1.3"):
+        return parse(hydra.compose("config", overrides))
+
+
+def plain_network(config, has_fast_layers: bool = False) -> nn.Module:
+    """The configured network as a tutorial has it: without what was done to its layers for speed."""
+    torch.manual_seed(0)
+    network = build.build_eps_model(config.model)
+    for module in network.modules() if not has_fast_layers else ():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+        elif isinstance(module, GroupNorm):
+            module.__class__ = nn.GroupNorm
+    return network
+
+
+def count_flops(network: nn.Module, with_gradient: bool, *inputs: Tensor) -> float:
+    """FLOPs (2 for a multiply-add) of one image through the network, by torch's own counter."""
+    network = copy.deepcopy(network).cpu()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.set_grad_enabled(with_gradient):
+        output = network(*inputs)
+        if with_gradient:
+            getattr(output, "sample", output).sum().backward()
+    return counter.get_total_flops()
+
+
+def network_flops(network: nn.Module, with_gradient: bool, time: float = 0.5) -> float:
+    return count_flops(network, with_gradient, torch.zeros(1, 3, 32, 32), torch.tensor([time]))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,151 @@
+"""Training steps: the loop of the tutorials and what can be done about it, and ours as `main.py` runs it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.contender import (
+    BETAS,
+    LOG_EVERY,
+    NUM_TIMESTEPS,
+    Contender,
+    compose,
+    network_flops,
+    plain_network,
+    synchronise,
+)
+from modeling import build
+from modeling.data import load_images
+from modeling.diffusion import get_schedules
+from modeling.images import to_model_range
+from modeling.progress import progress_bar
+from modeling.run import Run
+from modeling.run_folder import RunFolder
+from modeling.runtime import autocast, keep_freed_memory, resolve_device
+from modeling.stage import identify, read_manifest
+from modeling.training import fit
+
+
+def _torchvision_batches(folder: str, batch_size: int, num_workers: int) -> Iterator[Tensor]:
+    """As in the tutorials: decoding, ToTensor, Normalize and flips for each image, in Python."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ]
+    )
+    dataset = datasets.CIFAR10(folder, transform=transform)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size, shuffle=True, drop_last=True, num_workers=num_workers, persistent_workers=num_workers > 0
+    )
+    while True:
+        for images, _ in loader:
+            yield images
+
+
+def _memory_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """uint8 images in memory, a batch at a time."""
+    while True:
+        batch = images[torch.randint(len(images), (batch_size,))]
+        is_flipped = torch.rand(batch_size) < 0.5
+        batch = torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
+        yield to_model_range(batch)
+
+
+def reference_training(
+    overrides: list[str],
+    batch_size: int,
+    cifar10: str,
+    *,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    has_kept_memory: bool = False,
+    has_images_in_memory: bool = False,
+    is_channels_last: bool = False,
+    has_fast_layers: bool = False,
+    is_fused: bool = False,
+    is_compiled: bool = False,
+) -> Contender:
+    """The training loop as every tutorial writes it; each switch is one of the things that can be done about it.
+
+    Args:
+        overrides: of the configuration, for the network.
+        cifar10: the folder in which torchvision finds `cifar-10-batches-py`.
+        num_workers: of the DataLoader.
+        has_kept_memory: see `modeling.runtime.keep_freed_memory`.
+        has_fast_layers: GroupNorm from `modeling.group_norm`, and ReLU in place.
+        is_fused: one kernel for all of Adam, and the loss read every 25 steps only.
+    """
+    if has_kept_memory:
+        keep_freed_memory()
+    config = compose(overrides)
+    device = resolve_device(config.runtime.device)
+    network = plain_network(config, has_fast_layers).to(device)
+    flops = network_flops(network, with_gradient=True)
+    if is_channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=is_fused)
+    abar = get_schedules(*BETAS, NUM_TIMESTEPS)["alphas_cumprod"].to(device)
+    if has_images_in_memory:
+        manifest = read_manifest(config.dataset)
+        data = Path(config.dataset.root) / config.dataset.name
+        loader = _memory_batches(load_images(data, "train", manifest), batch_size)
+    else:
+        loader = _torchvision_batches(cifar10, batch_size, num_workers)
+    called = torch.compile(network) if is_compiled else network
+
+    def run(num_steps: int) -> None:
+        for step in range(num_steps):
+            x_0 = next(loader).to(device)
+            timesteps = torch.randint(1, NUM_TIMESTEPS + 1, (len(x_0),), device=device)
+            noise = torch.randn_like(x_0)
+            scale = abar[timesteps][:, None, None, None]
+            x_t = scale.sqrt() * x_0 + (1 - scale).sqrt() * noise
+            with autocast(device, precision):
+                eps = called(x_t, timesteps / NUM_TIMESTEPS)
+            loss = F.mse_loss(eps.float(), noise)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if not is_fused or step % LOG_EVERY == 0:
+                loss.item()
+        synchronise(device)
+
+    return Contender(run, batch_size, flops)
+
+
+def our_run(overrides: list[str], folder: str) -> Run:
+    """The objects that `main.py` makes from these overrides."""
+    config = compose(overrides)
+    machine = build.build_runtime(config.runtime)
+    identity = identify(config, 1, data_sha256="", code_sha256="")
+    return Run(config, read_manifest(config.dataset), RunFolder(Path(folder), identity), *machine)
+
+
+def our_training(overrides: list[str], batch_size: int, folder: str) -> Contender:
+    """The loader, the step and the epoch of `main.py`: averaged weights, clipping and exact random numbers included."""
+    run = our_run([*overrides, f"train.batch_size={batch_size}"], folder)
+    flops = network_flops(plain_network(run.config), with_gradient=True)
+    step = run.step(log=lambda step, metrics: None, save=lambda state: None)
+
+    def steps(num_steps: int) -> None:
+        step.last_step = run.state.step + num_steps
+        fit(
+            run.model,
+            run.batches,
+            run.optimizer,
+            run.device,
+            step=step,
+            sample=lambda step: None,
+            sample_every=1,
+            bar=progress_bar(disable=True),
+        )
+        synchronise(run.device)
+
+    return Contender(steps, batch_size, flops)

@@ -1,0 +1,82 @@
+"""Contenders in processes of their own that take turns."""
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, label: str, case: dict):
+        self.label, self.case, self.rates = label, case, []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.label}: ended with {self.process.wait()} (-9: out of memory)")
+        return json.loads(line)
+
+    def ask(self, question: object) -> dict:
+        with contextlib.suppress(BrokenPipeError):  # then there is nothing to read, either
+            self.process.stdin.write(f"{json.dumps(question)}\n")
+            self.process.stdin.flush()
+        return self.read()
+
+    def take_turn(self, seconds: float) -> None:
+        done = self.ask(seconds)
+        self.rates.append(done["images"] / done["seconds"])
+
+    def finish(self) -> int:
+        self.process.stdin.close()
+        memory = self.read()["memory_bytes"]
+        self.process.wait()
+        return memory
+
+
+def measure(title: str, cases: dict[str, dict], rounds: int, seconds: float) -> list[dict]:
+    """Runs the cases in turns.
+
+    Args:
+        title: for the progress on standard error.
+        cases: label -> what `benchmarks.worker` is asked for.
+        rounds: turns that each takes.
+        seconds: length of a turn; at least one step is done.
+
+    Returns:
+        A row for each: label, images_per_second (median), lowest, highest, gflops (a second), memory_bytes.
+    """
+    workers, flops = [], []
+    try:
+        workers += [Worker(label, case) for label, case in cases.items()]
+        for worker in workers:  # one after the other: the warm-up wants all cores
+            print(f"{title}: warming up {worker.label}", file=sys.stderr, flush=True)
+            flops.append(worker.ask(worker.case)["flops_per_image"])
+        for number in range(rounds):
+            print(f"{title}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            for worker in workers:
+                worker.take_turn(seconds)
+        memories = [worker.finish() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.process.kill()
+    return [
+        {
+            "label": worker.label,
+            "case": worker.case,
+            "images_per_second": statistics.median(worker.rates),
+            "lowest": min(worker.rates),
+            "highest": max(worker.rates),
+            "gflops": statistics.median(worker.rates) * per_image / 1e9,
+            "memory_bytes": memory,
+        }
+        for worker, per_image, memory in zip(workers, flops, memories, strict=True)
+    ]
