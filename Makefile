@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train test test-faults bench check clean
+.PHONY: help demo train test test-faults test-long bench check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: .venv/installed ## all tests, with coverage
 
 test-faults: .venv/installed ## faults: 100 kills, signals, full disks, hostile files (about 20 minutes); ends with the matrix
 	$(BIN)/python -m pytest -m fault
+
+test-long: .venv/installed ## tests that take minutes: speed and parity
+	$(BIN)/python -m pytest -m "long and not fault"
 
 bench: .venv/installed ## speed against other loops and the machine's limit (about 25 minutes); writes benchmark.md
 	$(BIN)/python prepare_data.py

@@ -28,6 +28,7 @@ from benchmarks.report import describe_machine, to_markdown
 from benchmarks.turns import measure
 
 ARCHIVE = Path("downloads/cifar-10-python.tar.gz")
+PEAK = {"the peak: a bf16 matrix product": {"name": "peak matmul"}}  # in turns with the rest
 NETWORKS = {  # what the tables call it -> overrides
     "unet 32": ["model=unet", "model.hidden_size=32"],
     "unet 64": ["model=unet", "model.hidden_size=64"],
@@ -37,7 +38,7 @@ NETWORKS = {  # what the tables call it -> overrides
 }
 
 
-Tables = Iterator[tuple[str, list[dict]]]
+Tables = Iterator[tuple[str, dict[str, dict]]]
 
 
 @contextlib.contextmanager
@@ -51,19 +52,19 @@ def extracted_cifar10():
         yield folder
 
 
-# ---- the sections; each yields (title, rows)
+# ---- the sections; each yields (title, cases as `measure` takes them)
 
 
-def peaks(options) -> Tables:
+def peaks() -> Tables:
     cases = {
         f"{precision} {what}": {"name": f"peak {kind}", "precision": precision}
         for what, kind in (("matrix product, 4096", "matmul"), ("convolution, 256 channels, 16x16", "convolution"))
         for precision in ("fp32", "bf16")
     }
-    yield "Peaks", measure("peaks", cases, options.rounds, options.seconds)
+    yield "Peaks", cases
 
 
-def training(options) -> Tables:
+def training() -> Tables:
     with extracted_cifar10() as cifar10, tempfile.TemporaryDirectory() as folder:
         for network, overrides in NETWORKS.items():
             for batch_size in (16, 128):
@@ -82,11 +83,12 @@ def training(options) -> Tables:
                             if find_spec(package):
                                 peer = {"name": f"{name} training", "batch_size": 16, "precision": precision}
                                 cases[f"{package}, {precision}"] = peer
+                cases |= PEAK
                 title = f"Training, {network}, batch {batch_size}"
-                yield title, measure(title, cases, options.rounds, options.seconds)
+                yield title, cases
 
 
-def steps(options) -> Tables:
+def steps() -> Tables:
     """From the tutorials' loop to ours, one thing after the other."""
     switches = {
         "freed memory kept": {"has_kept_memory": True},
@@ -107,11 +109,12 @@ def steps(options) -> Tables:
             if network == "unet 128":  # each takes a minute to compile
                 cases["+ torch.compile"] = reference | {"is_compiled": True}
             cases["ours"] = case | {"name": "our training", "folder": folder}
+            cases |= PEAK
             title = f"Step by step, {network}, batch {batch_size}"
-            yield title, measure(title, cases, options.rounds, options.seconds)
+            yield title, cases
 
 
-def layers(options) -> Tables:
+def layers() -> Tables:
     """GroupNorm, which is slow with the channels last where a group has few of them."""
     for channels, num_groups, pixels in ((32, 8, 32), (64, 16, 16), (128, 32, 16), (128, 8, 32)):
         case = {"name": "group norm", "channels": channels, "num_groups": num_groups, "pixels": pixels}
@@ -121,10 +124,10 @@ def layers(options) -> Tables:
             "ours, channels last": case | {"is_channels_last": True, "is_ours": True},
         }
         title = f"GroupNorm of {channels} channels in {num_groups} groups at {pixels}x{pixels}, bf16"
-        yield title, measure(title, cases, options.rounds, options.seconds)
+        yield title, cases
 
 
-def sampling(options) -> Tables:
+def sampling() -> Tables:
     for network in ("unet 128", "ddpm 32", "ddpm 128"):
         for batch_size in (8, 64):
             case = {"overrides": NETWORKS[network], "batch_size": batch_size}
@@ -132,36 +135,36 @@ def sampling(options) -> Tables:
                 "the tutorials' loop, fp32": case | {"name": "reference sampling"},
                 "ours": case | {"name": "our sampling"},
             }
+            cases |= PEAK
             title = (
                 f"Sampling, {network}, {batch_size} images at a time (evaluations of the network x images, a second)"
             )
-            yield title, measure(title, cases, options.rounds, options.seconds)
+            yield title, cases
 
 
-def scaling(options) -> Tables:
-    """How the time of a step grows with the batch and the width: the slope of log(seconds) over log(size)."""
+def scaling() -> Tables:
+    """How the time of a step grows with the batch, the width and the number of images."""
     with tempfile.TemporaryDirectory() as folder:
         ours = {"name": "our training", "folder": folder}
-        training = {
-            "Training step over batch size, unet 64": {
-                size: ours | {"overrides": NETWORKS["unet 64"], "batch_size": size} for size in (8, 32, 128)
-            },
-            "Training step over width, unet, batch 32": {
-                size: ours | {"overrides": ["model=unet", f"model.hidden_size={size}"], "batch_size": 32}
+        yield (
+            "Scaling of a training step with the batch, unet 64",
+            {str(size): ours | {"overrides": NETWORKS["unet 64"], "batch_size": size} for size in (8, 32, 128)},
+        )
+        yield (
+            "Scaling of a training step with the width, unet, batch 32",
+            {
+                str(size): ours | {"overrides": ["model=unet", f"model.hidden_size={size}"], "batch_size": 32}
                 for size in (32, 64, 128)
             },
-        }
-        sampling = {
-            "Sampling over number of images, ddpm 32": {
-                size: {"name": "our sampling", "overrides": NETWORKS["ddpm 32"], "batch_size": size}
-                for size in (16, 64, 256)
-            }
-        }
-        for title, cases in (training | sampling).items():
-            rows = measure(title, {str(size): case for size, case in cases.items()}, options.rounds, options.seconds)
-            for row in rows:
-                row["seconds_per_step"] = row["case"]["batch_size"] / row["images_per_second"]
-            yield title, rows
+        )
+    sampled = {"name": "our sampling", "overrides": NETWORKS["ddpm 32"]}
+    yield (
+        "Scaling of sampling with the number of images, ddpm 32",
+        {str(size): sampled | {"batch_size": size} for size in (16, 64, 256)},
+    )
+
+
+# ---- the start, which needs no turns
 
 
 def _forget_files(folder: Path) -> None:
@@ -189,8 +192,8 @@ def _seconds_to_first_step() -> float:
     return seconds
 
 
-def start(options) -> Tables:
-    """How long a user waits."""
+def measure_start(rounds: int) -> list[dict]:
+    """How long a user waits: rows with label, seconds, lowest and highest."""
 
     def seconds_of(*arguments: str) -> float:
         begin = time.perf_counter()
@@ -207,14 +210,25 @@ def start(options) -> Tables:
     for label, wait in waits.items():
         for is_cold in (True, False) if hasattr(os, "posix_fadvise") else (False,):
             found = []
-            for _ in range(max(3, options.rounds)):
+            for _ in range(rounds):
                 if is_cold:
                     _forget_files(Path(sys.prefix))
                 found.append(wait())
             state = "cold" if is_cold else "warm"
             seconds = {"seconds": statistics.median(found), "lowest": min(found), "highest": max(found)}
             rows.append({"label": f"{label}, {state}"} | seconds)
-    yield "Start", rows
+    return rows
+
+
+def _measured(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
+    """The chosen tables, one after the other."""
+    for name in options.sections or [*SECTIONS, "start"]:
+        if name == "start":
+            yield "Start", measure_start(options.rounds)
+            continue
+        for title, cases in SECTIONS[name]():
+            if options.only in title:
+                yield title, measure(title, cases, options.rounds, options.seconds)
 
 
 def main() -> None:
@@ -222,24 +236,24 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="section", help=f"some of {' '.join(SECTIONS)}; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each contender takes")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of these, the tables whose title contains this")
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="without .json and .md")
     options = parser.parse_args()
-    if unknown := set(options.sections) - SECTIONS.keys():
-        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {' '.join(SECTIONS)}")
+    if unknown := set(options.sections) - {*SECTIONS, "start"}:
+        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {' '.join(SECTIONS)} start")
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds and --seconds must be positive")
-    found, environment = {}, describe_machine()
-    for name in options.sections or SECTIONS:
-        for title, rows in SECTIONS[name](options):
-            found[title] = rows
-            report = to_markdown(found, environment)  # after each table: the next one may run out of memory
-            record = {"environment": environment, "tables": found}
-            options.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-            options.out.with_suffix(".md").write_text(report)
+    found, environment, report = {}, describe_machine(), "nothing was measured"
+    for title, rows in _measured(options):
+        found[title] = rows
+        report = to_markdown(found, environment)  # after each table: the next one may run out of memory
+        record = {"environment": environment, "tables": found}
+        options.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+        options.out.with_suffix(".md").write_text(report)
     print(report)
 
 
-SECTIONS = {section.__name__: section for section in (peaks, training, steps, layers, sampling, scaling, start)}
+SECTIONS = {section.__name__: section for section in (peaks, training, steps, layers, sampling, scaling)}
 
 if __name__ == "__main__":
     main()

@@ -97,7 +97,11 @@ def train(images, config, network, seed, precision="fp32", is_placed=False, is_c
 @pytest.mark.parametrize("network", ["ddpm", pytest.param("unet", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("precision", "is_compiled"),
-    [("fp32", False), ("bf16", False), pytest.param("bf16", True, marks=[pytest.mark.long, needs_compiler])],
+    [
+        pytest.param("fp32", False, marks=pytest.mark.long),
+        ("bf16", False),
+        pytest.param("bf16", True, marks=[pytest.mark.long, needs_compiler]),
+    ],
 )
 def test_the_fast_way_trains_as_the_plain_one(images, compose_config_once, plain, network, precision, is_compiled):
     loss, held_out = train(images, compose_config_once, network, 0, precision, is_placed=True, is_compiled=is_compiled)
