@@ -64,6 +64,7 @@ def test_a_warm_up_longer_than_the_run_is_cut_to_it(compose_config):
     assert [rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_compiled_run_trains_the_same_function(tiny):
     """Compilation changes rounding only."""

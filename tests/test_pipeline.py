@@ -221,6 +221,7 @@ def test_experiments_train_with_the_values_they_record(repository):
     assert "Data and pipelines are up to date" in command("dvc", "repro", cwd=repository)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_queued_and_temporary_experiments_train_with_the_values_they_record(repository):
     command("dvc", "exp", "run", "-q", "--temp", "-n", "temporary", "-S", "optimizer.lr=0.004", cwd=repository)
