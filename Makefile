@@ -30,7 +30,7 @@ test-faults: .venv/installed ## faults: 100 kills, signals, full disks, hostile 
 test-long: .venv/installed ## tests that take minutes: speed and parity
 	$(BIN)/python -m pytest -m "long and not fault"
 
-bench: .venv/installed ## speed against other loops and the machine's limit (about 25 minutes); writes benchmark.md
+bench: .venv/installed ## speed against other loops and the machine's limit (about 40 minutes); writes benchmark.md
 	$(BIN)/python prepare_data.py
 	$(BIN)/python benchmark.py
 

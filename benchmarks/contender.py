@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import build
@@ -52,19 +52,15 @@ def plain_network(config, has_fast_layers: bool = False) -> nn.Module:
     return network
 
 
-def count_flops(network: nn.Module, with_gradient: bool, *inputs: Tensor) -> float:
+def network_flops(network: nn.Module, with_gradient: bool, time: float = 0.5) -> float:
     """FLOPs (2 for a multiply-add) of one image through the network, by torch's own counter."""
     network = copy.deepcopy(network).cpu()
     counter = FlopCounterMode(display=False)
     with counter, torch.set_grad_enabled(with_gradient):
-        output = network(*inputs)
+        output = network(torch.zeros(1, 3, 32, 32), torch.tensor([time]))
         if with_gradient:
             getattr(output, "sample", output).sum().backward()
     return counter.get_total_flops()
-
-
-def network_flops(network: nn.Module, with_gradient: bool, time: float = 0.5) -> float:
-    return count_flops(network, with_gradient, torch.zeros(1, 3, 32, 32), torch.tensor([time]))
 
 
 def synchronise(device: torch.device) -> None:

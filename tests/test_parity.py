@@ -1,6 +1,6 @@
 """What is done for speed trains like plain float32: the same random numbers, the losses side by side."""
 
-import copy
+import functools
 import shutil
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modeling.build import build_learning_rate
-from modeling.config import parse
+from modeling.config import Optimizer
 from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
@@ -22,6 +22,9 @@ from modeling.training import fit, train_step
 from modeling.unet import UnetModel
 
 NUM_STEPS, BATCH_SIZE = 200, 16
+OPTIMIZER = Optimizer(
+    name="adam", lr=1e-3, momentum=None, weight_decay=None, lr_schedule="cosine", warmup_steps=20, max_grad_norm=1.0
+)
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ddpm": lambda: DdpmUnet(3, 3, 16, (1, 2), 1, ()),
     "unet": lambda: UnetModel(3, 3, 8),
@@ -36,29 +39,12 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain(images, compose_config_once) -> Callable[[str, int], tuple[float, float]]:
+def plain(images) -> Callable[[str, int], tuple[float, float]]:
     """(network, seed) -> the losses in contiguous float32."""
-    found = {}
-
-    def losses(network: str, seed: int) -> tuple[float, float]:
-        if (network, seed) not in found:
-            found[network, seed] = train(images, compose_config_once, network, seed)
-        return found[network, seed]
-
-    return losses
+    return functools.cache(functools.partial(train, images))
 
 
-@pytest.fixture(scope="module")
-def compose_config_once():
-    from hydra import compose, initialize_config_dir
-
-    from tests.conftest import ROOT
-
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return parse(compose("config", ["optimizer.lr=1e-3", "optimizer.warmup_steps=20"]))
-
-
-def train(images, config, network, seed, precision="fp32", is_placed=False, is_compiled=False) -> tuple[float, float]:
+def train(images, network, seed, precision="fp32", is_placed=False, is_compiled=False) -> tuple[float, float]:
     """Mean training loss and held-out loss of the averaged weights; the weights depend on the seed alone."""
     if network == "ddpm":
         images = images[:, :, ::2, ::2]  # four times as fast
@@ -68,13 +54,13 @@ def train(images, config, network, seed, precision="fp32", is_placed=False, is_c
         model = place(model, torch.device("cpu"))
     if is_compiled:
         model.eps_model.compile()
-    ema, losses = Ema(copy.deepcopy(model.eps_model), 0.99), []
+    ema, losses = Ema(model.eps_model, 0.99), []
     batches = Batches(images[:500], BATCH_SIZE, seed, random_flip=True)
     step = RunStep(
         train_step=train_step,
         state=TrainState(),
         ema=ema,
-        learning_rate=build_learning_rate(config.optimizer, NUM_STEPS),
+        learning_rate=build_learning_rate(OPTIMIZER, NUM_STEPS),
         seed=seed,
         steps_per_epoch=batches.steps_per_epoch,
         log=lambda step, metrics: losses.append(metrics["train/loss"]),
@@ -83,7 +69,7 @@ def train(images, config, network, seed, precision="fp32", is_placed=False, is_c
         checkpoint_every=NUM_STEPS,
         last_step=NUM_STEPS,
         precision=precision,
-        max_grad_norm=1.0,
+        max_grad_norm=OPTIMIZER.max_grad_norm,
     )
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     fit(model, batches, optimizer, "cpu", step=step, sample=lambda step: None, sample_every=1)
@@ -103,8 +89,8 @@ def train(images, config, network, seed, precision="fp32", is_placed=False, is_c
         pytest.param("bf16", True, marks=[pytest.mark.long, needs_compiler]),
     ],
 )
-def test_the_fast_way_trains_as_the_plain_one(images, compose_config_once, plain, network, precision, is_compiled):
-    loss, held_out = train(images, compose_config_once, network, 0, precision, is_placed=True, is_compiled=is_compiled)
+def test_the_fast_way_trains_as_the_plain_one(images, plain, network, precision, is_compiled):
+    loss, held_out = train(images, network, 0, precision, is_placed=True, is_compiled=is_compiled)
     plain_loss, plain_held_out = plain(network, 0)
     print(f"{network}, {precision}: {loss:.5f} and {held_out:.5f}, plain {plain_loss:.5f} and {plain_held_out:.5f}")
     assert loss == pytest.approx(plain_loss, rel=0.01)
