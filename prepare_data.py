@@ -2,6 +2,7 @@
 
     python prepare_data.py                     # CIFAR-10, from dataset.archive or downloaded to it
     python prepare_data.py dataset=shapes      # drawn by the project, no download
+    python prepare_data.py dataset=folder dataset.pictures=/path/to/pictures    # any pictures
 
 Writes <dataset.root>/<dataset.name>/{train.npy,test.npy,manifest.json}. A second run verifies and does nothing.
 """
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 
 from modeling.config import ConfigError
 from modeling.signals import stopping_on_signals
-from modeling.stage import archive_path, parse_stage
+from modeling.stage import archive_path, parse_stage, repository
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -34,12 +35,16 @@ def main(values: DictConfig) -> None:
                 folder,
                 archive=archive_path(dataset),
                 urls=dataset.urls,
+                pictures=dataset.pictures,
+                repository=repository(),
                 num_images=dataset.num_images,
                 seed=dataset.seed,
             )
         except PreparationError as error:
             sys.exit(str(error))
     counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
+    if pictures := manifest.get("pictures"):
+        counts += f", of {pictures['count']} pictures, {pictures['duplicates']} of them duplicates"
     print(f"{folder}: {counts} ({'written' if is_new else 'already there, verified'})")
 
 

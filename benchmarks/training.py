@@ -26,7 +26,6 @@ from modeling.run import Run
 from modeling.run_folder import RunFolder
 from modeling.runtime import autocast, keep_freed_memory, resolve_device
 from modeling.stage import identify, read_manifest
-from modeling.training import fit
 
 
 def _torchvision_batches(folder: str, batch_size: int, num_workers: int) -> Iterator[Tensor]:
@@ -136,16 +135,7 @@ def our_training(overrides: list[str], batch_size: int, folder: str) -> Contende
 
     def steps(num_steps: int) -> None:
         step.last_step = run.state.step + num_steps
-        fit(
-            run.model,
-            run.batches,
-            run.optimizer,
-            run.device,
-            step=step,
-            sample=lambda step: None,
-            sample_every=1,
-            bar=progress_bar(disable=True),
-        )
+        run.fit(step, lambda step: None, progress_bar(disable=True))
         synchronise(run.device)
 
     return Contender(steps, batch_size, flops)

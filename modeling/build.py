@@ -22,6 +22,7 @@ from modeling.runtime import (
     resolve_precision,
     use_deterministic_algorithms,
 )
+from modeling.schedules import cosine_betas
 from modeling.seeding import Purpose, derive_seed
 from modeling.tracking import JsonLines, Tracker, WandbTracker
 from modeling.unet import UnetModel
@@ -71,7 +72,11 @@ def build_trained_model(config: Config, weights: dict[str, Tensor]) -> Diffusion
 
 def build_diffusion(config: Config, eps_model: nn.Module) -> DiffusionModel:
     """The configured diffusion process around an eps model."""
-    return DiffusionModel(eps_model, tuple(config.diffusion.betas), config.diffusion.num_timesteps)
+    section = config.diffusion
+    betas = cosine_betas(section.num_timesteps) if section.schedule == "cosine" else tuple(section.betas)
+    return DiffusionModel(
+        eps_model, betas, section.num_timesteps, prediction=section.prediction, weighting=section.weighting
+    )
 
 
 def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimizer:

@@ -182,19 +182,24 @@ def export_weights(path: str | Path, module: nn.Module, config: dict) -> None:
     write_atomically(path, save(tensors, metadata={"config": json.dumps(config, sort_keys=True)}))
 
 
-def load_weights(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Configuration and averaged weights from an exported file (`.safetensors`) or a full checkpoint (`.pt`).
+def load_weights(path: str | Path, kind: str = "ema") -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and weights from an exported file (`.safetensors`) or a full checkpoint (`.pt`).
+
+    Args:
+        kind: "ema" for the averaged weights, "raw" for the plain ones, which only a full checkpoint holds.
 
     Raises:
         FileNotFoundError: for a missing file.
-        CheckpointError: for any other file that is neither.
+        CheckpointError: for any other file that is neither, or does not hold that kind.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         content = load_checkpoint(path)
-        return content["config"], content["ema"]
+        return content["config"], content["ema" if kind == "ema" else "model"]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
+    if kind != "ema":
+        raise CheckpointError(f"{path} holds averaged weights only: the {kind} ones are in a run's checkpoints/last.pt")
     from safetensors import SafetensorError, safe_open
 
     try:

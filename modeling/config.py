@@ -48,22 +48,21 @@ class Section(BaseModel):
 
 
 class Dataset(Section):
-    name: Literal["cifar10", "shapes"]
+    name: Literal["cifar10", "shapes", "folder"]
     root: Text  # the prepared data lies in <root>/<name>/
     archive: Text | None  # cifar10: where the archive lies, and where it is downloaded to
     urls: list[Text] | None  # cifar10: addresses of the archive, tried in turn
-    num_images: PositiveInt | None  # training images; null: all of the archive, or 20,000 shapes
+    pictures: Text | None  # folder: where the pictures lie, at any depth
+    num_images: PositiveInt | None  # training images; null: all of the archive or the pictures, or 20,000 shapes
     seed: Annotated[int, Field(ge=0)] | None  # shapes: which ones are drawn
 
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
-        of_archive, of_generator = ("archive", "urls"), ("seed",)
-        if self.name == "cifar10":
-            self._require("dataset.name=cifar10", of_archive, of_generator)
-            if self.num_images is not None and self.num_images > 50_000:
-                raise ValueError(f"num_images must be at most 50000 with dataset.name=cifar10, got {self.num_images}")
-        else:
-            self._require("dataset.name=shapes", of_generator, of_archive)
+        needs = {"cifar10": ("archive", "urls"), "shapes": ("seed",), "folder": ("pictures",)}[self.name]
+        excluded = tuple(key for key in ("archive", "urls", "pictures", "seed") if key not in needs)
+        self._require(f"dataset.name={self.name}", needs, excluded)
+        if self.name == "cifar10" and self.num_images is not None and self.num_images > 50_000:
+            raise ValueError(f"num_images must be at most 50000 with dataset.name=cifar10, got {self.num_images}")
         return self
 
 
@@ -92,11 +91,17 @@ class Model(Section):
 
 class Diffusion(Section):
     num_timesteps: PositiveInt  # T
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)]  # beta_1 and beta_T
-    schedule: Literal["linear"]
+    schedule: Literal["linear", "cosine"]
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] | None  # linear: beta_1 and beta_T
+    prediction: Literal["eps", "x_0", "v"]  # what the network predicts
+    weighting: Literal["uniform", "min_snr_5"]  # of the loss at each timestep
 
     @model_validator(mode="after")
-    def _betas_rise(self) -> Self:
+    def _fits_schedule(self) -> Self:
+        if self.schedule != "linear":
+            self._require(f"diffusion.schedule={self.schedule}", (), ("betas",))
+            return self
+        self._require("diffusion.schedule=linear", ("betas",), ())
         if not 0 < self.betas[0] < self.betas[1] < 1:
             raise ValueError(f"betas must satisfy 0 < beta_1 < beta_T < 1, got {self.betas}")
         return self
@@ -130,7 +135,7 @@ class Train(Section):
     max_skipped_in_row: PositiveInt  # steps whose loss or gradient is not finite, before the run ends with an error
     sample_every: PositiveInt  # epochs
     num_samples: PositiveInt  # images in a grid
-    sample_steps: PositiveInt  # network evaluations of a grid (cut to num_timesteps), eta = 1, x_0 clipped
+    sample_steps: PositiveInt  # of a grid (cut to num_timesteps), ancestral, small variance, x_0 clipped
     num_eval_images: PositiveInt  # of each split, for the losses at the end (cut to what there is)
 
 
@@ -171,24 +176,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:
-        available = self.dataset.num_images or {"cifar10": 50_000, "shapes": 20_000}[self.dataset.name]
-        if self.train.batch_size > available:
+        available = self.dataset.num_images or {"cifar10": 50_000, "shapes": 20_000}.get(self.dataset.name)
+        if available is not None and self.train.batch_size > available:  # a folder is counted when it is prepared
             raise ValueError(f"train.batch_size={self.train.batch_size} is larger than the data, {available} images")
         return self
-
-
-class SampleConfig(Machine):
-    """All of `conf/sample.yaml`."""
-
-    checkpoint: Text  # model.safetensors, or a full checkpoint (.pt)
-    out: Text  # the PNG to write
-    num_images: PositiveInt
-    batch_size: PositiveInt | None  # sampled at a time, the images do not depend on it; null: 64, on CUDA 512
-    num_steps: PositiveInt | None  # network evaluations; null: every timestep
-    eta: Annotated[float, Field(ge=0)]  # 0: DDIM, 1: ancestral with the posterior variance
-    clip_x0: bool
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
-    overwrite: bool
 
 
 def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:

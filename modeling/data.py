@@ -51,9 +51,9 @@ class Batches(Dataset):
             batch = torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
         return batch
 
-    def loader(self, steps: Sequence[int], num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-        """A loader of the batches of these steps, in this order."""
-        pin_memory = pin_memory and self.images.device.type == "cpu"
+    def loader(self, steps: Sequence[int], num_workers: int = 0, device: torch.device | str = "cpu") -> DataLoader:
+        """A loader of the batches of these steps, in this order, ready to be moved to the device."""
+        pin_memory = torch.device(device).type == "cuda" and self.images.device.type == "cpu"
         return DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory)
 
 

@@ -16,7 +16,9 @@ from modeling.unet import check_hidden_size, check_model_input
 
 
 def embed_time(t: Tensor, num_features: int) -> Tensor:
-    """Sinusoidal embedding (Vaswani et al. 2017) of 1000 t, whatever the number of timesteps.
+    """Sinusoidal embedding (Vaswani et al. 2017) of 1000 t - 1, whatever the number of timesteps.
+
+    With 1000 timesteps that is the timestep counted from 0, as in the paper's code and in its published weights.
 
     Args:
         t: (B,), in (0, 1].
@@ -27,7 +29,7 @@ def embed_time(t: Tensor, num_features: int) -> Tensor:
     """
     half = num_features // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
-    angles = 1000 * t[:, None] * torch.exp(-math.log(10_000) * exponents)
+    angles = (1000 * t[:, None] - 1) * torch.exp(-math.log(10_000) * exponents)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -46,9 +48,8 @@ def _initialise(layer: nn.Conv2d | nn.Linear, is_last: bool = False) -> nn.Conv2
     return layer
 
 
-def _conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, is_last: bool = False):
-    layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
-    return _initialise(layer, is_last)
+def _conv(in_channels: int, out_channels: int, kernel_size: int = 3, is_last: bool = False) -> nn.Conv2d:
+    return _initialise(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2), is_last)
 
 
 class ResidualBlock(nn.Module):
@@ -100,6 +101,17 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return self.attention(self.residual(x, time))
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a conv3x3 with stride 2, padded below and to the right only, as the paper's code."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = _initialise(nn.Conv2d(channels, channels, kernel_size=3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -172,7 +184,7 @@ class DdpmUnet(nn.Module):
         self.down = nn.ModuleList()
         for multiplier, resolution in zip(multipliers, resolutions, strict=True):
             if resolution != resolutions[0]:
-                self.down.append(_conv(width, width, stride=2))
+                self.down.append(Downsample(width))
                 skip_widths.append(width)
             for _ in range(num_blocks):
                 self.down.append(level(width, hidden_size * multiplier, resolution in attention_resolutions))

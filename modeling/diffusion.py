@@ -1,4 +1,4 @@
-"""The diffusion process of Ho et al. 2020: schedule, q(x_t | x_0), the simple loss, the posterior, Algorithm 2.
+"""The diffusion process of Ho et al. 2020: q(x_t | x_0), what the network predicts, the loss, Algorithm 2.
 
 `timestep` is an integer 1..T as in the paper; index 0 of every table is clean data. The network sees t = timestep / T.
 """
@@ -10,53 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling.schedules import get_schedules as get_schedules  # its fixed place is here
+from modeling.schedules import linear_betas, schedule_tables
+
+PREDICTIONS = ("eps", "x_0", "v")
+WEIGHTINGS = ("uniform", "min_snr_5")
 VARIANCES = ("large", "small")
+SNR_CAP = 5.0
 
 Bar = Callable[[Iterable[int]], Iterable[int]]
-
-
-def _schedules_float64(beta1: float, beta2: float, num_timesteps: int) -> dict[str, Tensor]:
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
-    if not 0 < beta1 < beta2 < 1:
-        raise ValueError(f"betas must satisfy 0 < beta1 < beta2 < 1, got beta1={beta1}, beta2={beta2}")
-    betas = torch.linspace(beta1, beta2, num_timesteps, dtype=torch.float64)
-    betas = torch.cat([torch.zeros(1, dtype=torch.float64), betas])  # index 0: clean data
-    alphas = 1 - betas
-    alphas_cumprod = alphas.cumprod(0)
-    sqrt_one_minus = (1 - alphas_cumprod).sqrt()
-    ratio = betas / sqrt_one_minus
-    ratio[0] = 0  # 0 / 0
-    return {
-        "betas": betas,
-        "alphas": alphas,
-        "alphas_cumprod": alphas_cumprod,
-        "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
-        "sqrt_one_minus_alpha_prod": sqrt_one_minus,
-        "inv_sqrt_alphas": alphas.rsqrt(),
-        "sqrt_betas": betas.sqrt(),
-        "one_minus_alpha_over_prod": ratio,
-    }
-
-
-def get_schedules(beta1: float, beta2: float, num_timesteps: int) -> dict[str, Tensor]:
-    """The linear schedule of the paper (section 4) and what is derived from it.
-
-    Args:
-        beta1: beta at timestep 1.
-        beta2: beta at timestep T; with T = 1 it is not used.
-        num_timesteps: T, at least 1.
-
-    Returns:
-        float32 tensors of shape (T + 1,), computed in float64 and indexed by timestep; index 0 is clean data:
-        betas, alphas = 1 - betas, alphas_cumprod (abar), sqrt_alphas_cumprod = sqrt(abar),
-        sqrt_one_minus_alpha_prod = sqrt(1 - abar), inv_sqrt_alphas = 1 / sqrt(alpha), sqrt_betas,
-        one_minus_alpha_over_prod = (1 - alpha) / sqrt(1 - abar), the factor of eps in eq. 11.
-
-    Raises:
-        ValueError: unless 0 < beta1 < beta2 < 1 and T >= 1.
-    """
-    return {name: table.float() for name, table in _schedules_float64(beta1, beta2, num_timesteps).items()}
 
 
 @contextlib.contextmanager
@@ -72,27 +34,61 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
 class DiffusionModel(nn.Module):
     """A DDPM around an eps model.
 
     Args:
         eps_model: called as eps_model(x_t, t) with x_t (B, ...) and t = timestep / T of shape (B,); returns the
-            predicted noise in the shape of x_t.
-        betas: (beta1, beta2), the ends of the linear schedule.
+            predicted noise, or what `prediction` says, in the shape of x_t.
+        betas: (beta1, beta2), the ends of the linear schedule; or all of them as a tensor (T,).
         num_timesteps: T.
+        prediction: what the network predicts: "eps" (eq. 14), "x_0", or "v" = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+            (Salimans & Ho 2022, arXiv 2202.00512).
+        weighting: of the squared error of that prediction at each timestep: "uniform", or "min_snr_5", which makes it
+            the squared error of x_0 times min(SNR_t, 5), SNR_t = abar_t / (1 - abar_t) (Hang et al. 2023,
+            arXiv 2303.09556, section 3.4).
 
     Raises:
-        ValueError: as `get_schedules`.
+        ValueError: for an unknown name, and as `linear_betas` and `schedule_tables`.
     """
 
-    def __init__(self, eps_model: nn.Module, betas: tuple[float, float], num_timesteps: int):
+    def __init__(
+        self,
+        eps_model: nn.Module,
+        betas: tuple[float, float] | Tensor,
+        num_timesteps: int,
+        *,
+        prediction: str = "eps",
+        weighting: str = "uniform",
+    ):
         super().__init__()
+        _check_choice("prediction", prediction, PREDICTIONS)
+        _check_choice("weighting", weighting, WEIGHTINGS)
+        if not isinstance(betas, Tensor):
+            betas = linear_betas(*betas, num_timesteps)
+        elif betas.shape != (num_timesteps,):
+            raise ValueError(f"betas must have shape ({num_timesteps},), got {tuple(betas.shape)}")
         self.eps_model = eps_model
         self.num_timesteps = num_timesteps
+        self.prediction = prediction
         # float64 on the CPU whatever the module's device and dtype: the samplers take their coefficients from here.
-        self.schedules_float64 = _schedules_float64(*betas, num_timesteps)
+        self.schedules_float64 = schedule_tables(betas)
         for name, table in self.schedules_float64.items():
             self.register_buffer(name, table.float(), persistent=False)
+        self.register_buffer("loss_weights", self._loss_weights(weighting).float(), persistent=False)
+
+    def _loss_weights(self, weighting: str) -> Tensor:
+        """The factor of the squared error at each timestep, (T + 1,) float64; not used at index 0."""
+        abar = self.schedules_float64["alphas_cumprod"]
+        if weighting == "uniform":
+            return torch.ones_like(abar)
+        snr = abar / (1 - abar)  # an error of x_0 is an error of eps over sqrt(SNR), and one of v over sqrt(SNR + 1)
+        return snr.clamp(max=SNR_CAP) / {"eps": snr, "x_0": 1, "v": snr + 1}[self.prediction]
 
     def _check_timesteps(self, timesteps: Tensor, batch_size: int) -> None:
         if timesteps.shape != (batch_size,) or timesteps.is_floating_point():
@@ -104,24 +100,64 @@ class DiffusionModel(nn.Module):
         if timesteps.device.type == "cpu" and not torch.compiler.is_compiling() and not in_range.all():
             raise ValueError(f"timesteps must lie in 1..{self.num_timesteps}, got {timesteps.tolist()}")
 
-    def predict_eps(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The network's noise for x_t (B, ...) at integer timesteps (B,), in float32 or better."""
-        eps = self.eps_model(x_t, timesteps.to(torch.float32) / self.num_timesteps)
-        return eps.to(torch.promote_types(eps.dtype, torch.float32))
-
     def q_sample(self, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, eq. 4; all of x_0, noise and x_t are (B, ...)."""
         shape = (-1,) + (1,) * (x_0.ndim - 1)
         mean_factor = self.sqrt_alphas_cumprod[timesteps].reshape(shape)
         return mean_factor * x_0 + self.sqrt_one_minus_alpha_prod[timesteps].reshape(shape) * noise
 
+    def _network(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """The network's output for x_t (B, ...) at integer timesteps (B,), in float32 or better."""
+        output = self.eps_model(x_t, timesteps.to(torch.float32) / self.num_timesteps)
+        return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    def predict(self, x_t: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
+        """What the network takes x_t to be made of, whichever of the two (or v) it predicts; eq. 4 and 15.
+
+        Args:
+            x_t: (B, ...).
+            timesteps: (B,) integers in 1..T, or one for all images (its coefficients are then those of float64).
+
+        Returns:
+            eps and x_0, each (B, ...), float32 or better; x_0 is not clipped.
+        """
+        if isinstance(timesteps, int):
+            signal = self.schedules_float64["sqrt_alphas_cumprod"][timesteps].item()
+            sigma = self.schedules_float64["sqrt_one_minus_alpha_prod"][timesteps].item()
+            timesteps = torch.full((len(x_t),), timesteps, device=x_t.device)
+        else:
+            shape = (-1,) + (1,) * (x_t.ndim - 1)
+            signal = self.sqrt_alphas_cumprod[timesteps].reshape(shape)
+            sigma = self.sqrt_one_minus_alpha_prod[timesteps].reshape(shape)
+        output = self._network(x_t, timesteps)
+        if self.prediction == "eps":
+            return output, (x_t - sigma * output) / signal
+        if self.prediction == "x_0":
+            return (x_t - signal * output) / sigma, output
+        return signal * output + sigma * x_t, signal * x_t - sigma * output  # v is eps, turned by 90 degrees from x_0
+
     def losses(self, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """The squared error of eq. 14 for each image, averaged over its dimensions: (B,), float32."""
-        eps = self.predict_eps(self.q_sample(x_0, timesteps, noise), timesteps)
+        """The weighted squared error of each image's prediction, averaged over its dimensions: (B,), float32."""
+        output = self._network(self.q_sample(x_0, timesteps, noise), timesteps)
+        if self.prediction == "eps":
+            target = noise
+        elif self.prediction == "x_0":
+            target = x_0
+        else:  # v: what q_sample gives for the noise, with minus x_0 in the noise's place
+            target = self.q_sample(noise, timesteps, -x_0)
+        errors = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+        return self.loss_weights[timesteps] * errors
+
+    def eps_losses(self, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """The squared error of eps (eq. 14) for each image, averaged over its dimensions: (B,), float32.
+
+        The measure that models share, whatever they are trained to predict.
+        """
+        eps, _ = self.predict(self.q_sample(x_0, timesteps, noise), timesteps)
         return F.mse_loss(eps, noise, reduction="none").flatten(1).mean(1)
 
     def forward(self, x: Tensor, *, timesteps: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """L_simple (eq. 14), one timestep an image: the inner lines of Algorithm 1.
+        """The training loss, one timestep an image: the inner lines of Algorithm 1; L_simple (eq. 14) by default.
 
         Args:
             x: x_0, (B, ...), float in [-1, 1]; moved to the model's device if it lies elsewhere.
@@ -145,11 +181,6 @@ class DiffusionModel(nn.Module):
         self._check_timesteps(timesteps, len(x))
         return self.losses(x, timesteps.to(device), noise.to(device)).mean()
 
-    def predict_x_0(self, x_t: Tensor, eps: Tensor, timestep: int) -> Tensor:
-        """x_0 from x_t and the noise in it, eq. 15; every image at the same timestep."""
-        abar = self.schedules_float64["alphas_cumprod"][timestep].item()
-        return (x_t - (1 - abar) ** 0.5 * eps) / abar**0.5
-
     def posterior_variance(self, timestep: int) -> float:
         """beta tilde of eq. 7: the variance of q(x_{t-1} | x_t, x_0)."""
         abar = self.schedules_float64["alphas_cumprod"]
@@ -165,16 +196,15 @@ class DiffusionModel(nn.Module):
 
     def p_mean(self, x_t: Tensor, timestep: int, *, clip_x0: bool = False) -> Tensor:
         """The mean of p(x_{t-1} | x_t): eq. 11, or the posterior mean with x_0 clipped to [-1, 1]."""
-        eps = self.predict_eps(x_t, torch.full((len(x_t),), timestep, device=x_t.device))
+        eps, x_0 = self.predict(x_t, timestep)
         if clip_x0:
-            return self.posterior_mean(x_t, self.predict_x_0(x_t, eps, timestep).clamp(-1, 1), timestep)
+            return self.posterior_mean(x_t, x_0.clamp(-1, 1), timestep)
         eps_factor = self.schedules_float64["one_minus_alpha_over_prod"][timestep].item()
         return (x_t - eps_factor * eps) * self.schedules_float64["inv_sqrt_alphas"][timestep].item()
 
     def p_variance(self, timestep: int, variance: str = "large") -> float:
         """sigma_t^2: beta_t ("large") or beta tilde_t ("small"), section 3.2."""
-        if variance not in VARIANCES:
-            raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
+        _check_choice("variance", variance, VARIANCES)
         if variance == "small":
             return self.posterior_variance(timestep)
         return self.schedules_float64["betas"][timestep].item()

@@ -1,5 +1,6 @@
 """Files of a run: written whole or not at all, locked against a second process; and the version of the code."""
 
+import ast
 import contextlib
 import errno
 import fcntl
@@ -96,10 +97,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def code_sha256() -> str:
-    """SHA-256 over main.py and this package's modules: the version of the code that runs, committed or not."""
+def code_files() -> list[Path]:
+    """main.py and every module of this package that it imports, at any depth: the code that a run's result is of."""
     package = Path(__file__).parent
+    found, todo = set(), [package.parent / "main.py"]
+    while todo:
+        path = todo.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package.name:
+                _, _, module = node.module.partition(".")
+                names = [module] if module else [alias.name for alias in node.names]
+                todo += [package / "__init__.py", *(package / f"{name}.py" for name in names)]
+    return sorted(found)
+
+
+def code_sha256() -> str:
+    """SHA-256 over `code_files`: the version of the code that runs, committed or not."""
     digest = hashlib.sha256()
-    for path in sorted([package.parent / "main.py", *package.glob("*.py")]):
+    for path in code_files():
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()

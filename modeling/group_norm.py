@@ -12,7 +12,7 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
     """The function of `F.group_norm`, on contiguous copies where that is faster.
 
     With the channels last, PyTorch's kernels for the CPU walk over the channels of one group at a time. With 4 or 8 of
-    them that is 3 to 15 times slower than a contiguous kernel, and copying there and back takes less than what it saves
+    them that is 6 to 10 times slower than a contiguous kernel, and copying there and back takes less than what it saves
     (the table is in docs/speed.md). Convolutions want the channels last, so the whole network cannot be contiguous.
     """
 

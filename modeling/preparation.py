@@ -16,6 +16,7 @@ import numpy as np
 
 from modeling.cifar10 import PreparationError, load_cifar10
 from modeling.files import locked, sha256_of
+from modeling.pictures import load_pictures, sha256_of_pictures
 from modeling.progress import progress_bar
 from modeling.shapes import draw_shapes
 
@@ -23,6 +24,7 @@ NUM_SHAPES, NUM_TEST_SHAPES = 20_000, 2_000
 SOURCES = {  # where the images come from, not from which disk: the manifest is the same on every machine
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html, python version, each file verified by its SHA-256",
     "shapes": "drawn by modeling/shapes.py",
+    "folder": "pictures of a folder, each its centre square reduced to 32x32 (Lanczos)",
 }
 _TEST_SHAPES_START = 1 << 30  # shapes far behind any training image of the same seed
 
@@ -34,15 +36,27 @@ def _draw_shapes(seed: int, first: int, count: int, desc: str) -> np.ndarray:
     return np.concatenate(chunks)
 
 
-def _load(name: str, archive: Path | None, urls: Sequence[str] | None, num_images: int | None, seed: int | None):
+def _load(
+    name: str,
+    archive: Path | None,
+    urls: Sequence[str] | None,
+    pictures: Path | None,
+    num_images: int | None,
+    seed: int | None,
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Training images, test images, and what the manifest tells of where they come from beside `SOURCES`."""
+    facts = {}
     if name == "shapes":
         train = _draw_shapes(seed, 0, num_images or NUM_SHAPES, "drawing training images")
         test = _draw_shapes(seed, _TEST_SHAPES_START, NUM_TEST_SHAPES, "drawing test images")
-        return train, test
-    train, test = load_cifar10(archive, urls)
+        return train, test, facts
+    if name == "folder":
+        train, test, facts["pictures"] = load_pictures(pictures)
+    else:
+        train, test = load_cifar10(archive, urls)
     if num_images is not None and num_images > len(train):
         raise PreparationError(f"dataset.num_images must be at most {len(train)} for {name}, got {num_images}")
-    return train[:num_images], test
+    return train[:num_images], test, facts
 
 
 def _npy_bytes(array: np.ndarray) -> bytes:
@@ -51,16 +65,18 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _is_valid(folder: Path, wanted: dict) -> bool:
-    """Whether the folder holds what is wanted, every byte of it."""
+def _is_valid(folder: Path, wanted: dict, pictures: Path | None) -> bool:
+    """Whether the folder holds what is wanted, every byte of it, made from the pictures as they are now."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["dataset"] != wanted or set(manifest["files"]) != {"train.npy", "test.npy"}:
+            return False
         for name, entry in manifest["files"].items():
             if sha256_of(folder / name) != entry["sha256"]:
                 return False
-    except (OSError, ValueError, KeyError):
+        return pictures is None or manifest["pictures"]["sha256"] == sha256_of_pictures(pictures)
+    except (OSError, ValueError, TypeError, KeyError):
         return False
-    return manifest["dataset"] == wanted and set(manifest["files"]) == {"train.npy", "test.npy"}
 
 
 def _leftovers(folder: Path) -> list[Path]:
@@ -87,13 +103,14 @@ def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _files(wanted: dict, train: np.ndarray, test: np.ndarray) -> dict[str, bytes]:
+def _files(wanted: dict, train: np.ndarray, test: np.ndarray, facts: dict) -> dict[str, bytes]:
     """What the folder will hold: both arrays, and the manifest that describes them."""
     arrays = {"train.npy": train, "test.npy": test}
     files = {file: _npy_bytes(array) for file, array in arrays.items()}
     manifest = {
         "dataset": wanted,
         "source": SOURCES[wanted["name"]],
+        **facts,
         "files": {
             file: {
                 "sha256": hashlib.sha256(files[file]).hexdigest(),
@@ -113,17 +130,21 @@ def prepare(
     *,
     archive: Path | None = None,
     urls: Sequence[str] | None = None,
+    pictures: str | None = None,
+    repository: Path = Path(),
     num_images: int | None = None,
     seed: int | None = None,
 ) -> tuple[dict, bool]:
     """Prepares a data set in `folder`, or verifies that it is there already.
 
     Args:
-        name: "cifar10" or "shapes".
+        name: "cifar10", "shapes" or "folder".
         folder: gets train.npy, test.npy and manifest.json; what it held before is replaced as a whole.
         archive: of cifar10; downloaded there when it is missing.
         urls: of cifar10's archive, tried in turn.
-        num_images: training images; None for all of the archive, or 20,000 shapes.
+        pictures: of folder: where they lie, as the manifest is to name it.
+        repository: where a relative `pictures` begins.
+        num_images: training images, the first ones; None for all of the archive or the pictures, or 20,000 shapes.
         seed: of shapes.
 
     Returns:
@@ -133,10 +154,13 @@ def prepare(
         PreparationError: when the data cannot be had or stored, with the remedy; what was there before stays.
     """
     wanted = {"name": name, "num_images": num_images, "seed": seed}
+    pictures_folder = None
+    if pictures is not None:
+        wanted["pictures"], pictures_folder = pictures, repository / pictures
     try:
-        is_valid = _is_valid(folder, wanted)
+        is_valid = _is_valid(folder, wanted, pictures_folder)
         if not is_valid:
-            files = _files(wanted, *_load(name, archive, urls, num_images, seed))
+            files = _files(wanted, *_load(name, archive, urls, pictures_folder, num_images, seed))
         if not is_valid or _leftovers(folder):
             with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
                 for leftover in _leftovers(folder):

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from modeling import build
 from modeling.checkpoint import CheckpointError, load_fitting
 from modeling.config import Config, to_yaml
 from modeling.data import load_images
 from modeling.ema import Ema
-from modeling.evaluation import denoising_loss
 from modeling.files import sha256_of, write_atomically
+from modeling.heldout import denoising_loss
 from modeling.progress import progress_bar
 from modeling.run_folder import RunError, RunFolder, describe_state
 from modeling.run_step import RunStep, TrainState
@@ -23,7 +24,7 @@ from modeling.runtime import peak_memory_bytes, place
 from modeling.samplers import sample_images
 from modeling.stage import describe_differences, run_length
 from modeling.tracking import Tracker, write_csv
-from modeling.training import generate_samples, train_step
+from modeling.training import fit, generate_samples, train_step
 
 
 class Run:
@@ -127,6 +128,20 @@ class Run:
             max_skipped_in_row=train.max_skipped_in_row,
             precision=self.precision,
             max_grad_norm=self.config.optimizer.max_grad_norm,
+        )
+
+    def fit(self, step: RunStep, sample: Callable[[int], None], bar: tqdm) -> None:
+        """Trains from the present state to `step.last_step`; see `modeling.training.fit`."""
+        fit(
+            self.model,
+            self.batches,
+            self.optimizer,
+            self.device,
+            step=step,
+            sample=sample,
+            sample_every=self.config.train.sample_every,
+            num_workers=self.config.runtime.num_workers,
+            bar=bar,
         )
 
     def save(self, state: TrainState) -> None:

@@ -18,7 +18,6 @@ from modeling.run_folder import RunError, RunFolder, describe_state
 from modeling.run_step import TrainState
 from modeling.signals import Stopped
 from modeling.stage import describe_differences, differences, identify, run_length, run_name
-from modeling.training import fit
 
 ARTEFACTS = ("config.yaml", "metrics.json", "metrics.jsonl", "loss.csv", "heldout.csv", "samples", "model.safetensors")
 
@@ -127,17 +126,7 @@ def _carry_out(run: Run) -> None:
         inputs = save_grid(run.batches[0][: config.train.num_samples], folder / "samples" / "inputs.png")
         tracker.image(0, "inputs", inputs)
         with progress_bar(total=run.last_step, initial=run.state.step, unit="step", desc="training") as bar:
-            fit(
-                run.model,
-                run.batches,
-                run.optimizer,
-                run.device,
-                step=step,
-                sample=lambda step: run.sample(step, tracker),
-                sample_every=config.train.sample_every,
-                num_workers=config.runtime.num_workers,
-                bar=bar,
-            )
+            run.fit(step, lambda step: run.sample(step, tracker), bar)
         values = config.model_dump()
         values["runtime"]["output_dir"] = values["wandb"]["name"] = None  # equal runs in two folders: equal files
         export_weights(folder / "model.safetensors", run.ema.module, values)

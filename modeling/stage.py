@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,7 +13,7 @@ from modeling.config import Config, ConfigError, Dataset, parse
 
 # What cannot change a result, or where the length of the run does so only through the learning rate (see `identify`).
 NO_EFFECT = {
-    "dataset": {"root", "archive", "urls"},
+    "dataset": {"root", "archive", "urls", "pictures"},
     "optimizer": {"warmup_steps"},
     "train": {"num_epochs", "max_steps", "checkpoint_every"},
     "runtime": {
@@ -87,11 +89,21 @@ def parse_stage(values: DictConfig) -> Config:
     return config
 
 
+def repository() -> Path:
+    """Where relative paths of archive and pictures begin: the original repository, even in DVC's temporary copy."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
 def archive_path(dataset: Dataset) -> Path | None:
-    """Where the archive lies; in a temporary copy that DVC works in, that is still the original repository."""
-    if dataset.archive is None:
-        return None
-    return Path(os.environ.get("DVC_ROOT", ".")) / dataset.archive
+    """Where the archive lies."""
+    return None if dataset.archive is None else repository() / dataset.archive
+
+
+def _override(key: str, value: object) -> str:
+    """`key=value` for a command line, quoted where the shell or Hydra would read it otherwise."""
+    if not re.fullmatch(r"[\w./:-]+", str(value), re.ASCII):
+        value = "'" + str(value).replace("'", "\\'") + "'"
+    return shlex.quote(f"{key}={value}")
 
 
 def read_manifest(dataset: Dataset) -> dict:
@@ -102,9 +114,9 @@ def read_manifest(dataset: Dataset) -> dict:
     """
     folder = Path(dataset.root) / dataset.name
     command = f"python prepare_data.py dataset={dataset.name}"
-    for key in ("root", "archive", "num_images", "seed"):
+    for key in ("root", "archive", "pictures", "num_images", "seed"):
         if (value := getattr(dataset, key)) is not None:
-            command += f" dataset.{key}={value}"
+            command += f" {_override(f'dataset.{key}', value)}"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         found = manifest["dataset"]

@@ -124,8 +124,7 @@ def fit(
     """
     state, per_epoch = step.state, batches.steps_per_epoch
     # One loader for the whole run: its workers wait at no epoch's edge, and none has to be started anew.
-    pin_memory = torch.device(device).type == "cuda"
-    loader = iter(batches.loader(range(state.step, step.last_step), num_workers, pin_memory))
+    loader = iter(batches.loader(range(state.step, step.last_step), num_workers, device))
     while True:
         epoch, steps_into_epoch = divmod(state.step, per_epoch)
         is_last = state.step == step.last_step

@@ -10,7 +10,11 @@ import pytest
 from tests.conftest import ROOT
 
 MODULES = sorted((ROOT / "modeling").glob("*.py"))
-SCRIPTS = [ROOT / name for name in ("main.py", "prepare_data.py", "sample.py")]
+SCRIPTS = [
+    ROOT / f"{name}.py"
+    for name in ("main", "prepare_data", "sample", "evaluate", "convert", "compare", "train_encoder")
+]
+HYDRA_SCRIPTS = {"main", "prepare_data", "sample", "evaluate", "convert"}
 STANDARD = sys.stdlib_module_names
 
 # What each module may import of ours; whoever is missing here has not been thought about.
@@ -18,8 +22,10 @@ ALLOWED = {
     "group_norm": set(),
     "unet": {"group_norm"},
     "ddpm_unet": {"group_norm", "unet"},
-    "diffusion": set(),
+    "schedules": set(),
+    "diffusion": {"schedules"},
     "samplers": {"diffusion", "runtime", "seeding"},
+    "linear_denoiser": set(),
     "seeding": set(),
     "files": set(),
     "signals": set(),
@@ -28,20 +34,37 @@ ALLOWED = {
     "shapes": set(),
     "runtime": set(),
     "config": set(),
+    "options": {"config"},
     "stage": {"config"},
     "images": {"files"},
     "data": {"files", "seeding"},
     "checkpoint": {"files"},
     "tracking": {"files"},
     "cifar10": {"files", "progress"},
-    "preparation": {"cifar10", "files", "shapes", "progress"},
+    "pictures": {"cifar10", "files", "progress"},
+    "preparation": {"cifar10", "files", "pictures", "progress", "shapes"},
     "run_step": {"diffusion", "ema", "images", "runtime", "seeding", "signals"},
     "training": {"data", "diffusion", "images", "progress", "run_step", "runtime"},
-    "evaluation": {"diffusion", "images", "progress", "runtime", "samplers", "seeding"},
-    "build": {"config", "data", "ddpm_unet", "diffusion", "runtime", "seeding", "tracking", "unet"},
+    "heldout": {"diffusion", "images", "progress", "runtime", "seeding"},
+    "evaluation": {"diffusion", "images", "runtime", "seeding"},
+    "sampling": {"diffusion", "files", "images", "progress", "runtime", "samplers", "seeding"},
+    "interchange": {"ddpm_unet"},
+    "encoder": {"checkpoint", "files", "images", "progress", "runtime", "seeding"},
+    "features": {"encoder", "files", "images", "progress"},
+    "neighbours": {"images", "progress"},
+    "comparison": {"files"},
+    "build": {"config", "data", "ddpm_unet", "diffusion", "runtime", "schedules", "seeding", "tracking", "unet"},
+    "trained": {
+        "build", "checkpoint", "config", "diffusion", "files", "images", "linear_denoiser", "options", "runtime",
+        "sampling", "schedules",
+    },
+    "measures": {
+        "config", "data", "evaluation", "features", "heldout", "images", "neighbours", "options", "progress",
+        "runtime", "sampling", "trained",
+    },
     "run_folder": {"checkpoint", "files", "stage"},
     "run": {
-        "build", "checkpoint", "config", "data", "ema", "evaluation", "files", "progress", "run_folder", "run_step",
+        "build", "checkpoint", "config", "data", "ema", "files", "heldout", "progress", "run_folder", "run_step",
         "runtime", "samplers", "seeding", "stage", "tracking", "training",
     },
     "session": {
@@ -76,11 +99,13 @@ def test_imports_go_downward_only(path):
 @pytest.mark.parametrize(
     ("package", "users"),
     [
-        ("hydra", {"main", "prepare_data", "sample"}),
-        ("omegaconf", {"main", "prepare_data", "sample", "config", "stage"}),
-        ("pydantic", {"config"}),
+        ("hydra", HYDRA_SCRIPTS),
+        ("omegaconf", HYDRA_SCRIPTS | {"compare", "train_encoder", "config", "stage"}),
+        ("pydantic", {"config", "options"}),
         ("wandb", {"tracking"}),
-        ("safetensors", {"checkpoint"}),
+        ("safetensors", {"checkpoint", "convert"}),
+        ("torch_fidelity", {"features"}),
+        ("diffusers", set()),
         ("dvc", set()),
     ],
 )
@@ -101,10 +126,10 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_training_library_needs_torch_and_tqdm_alone():
-    loaded = loaded_by("import modeling.training, modeling.evaluation, modeling.checkpoint")
+    loaded = loaded_by("import modeling.training, modeling.heldout, modeling.checkpoint")
     assert not loaded & {"hydra", "omegaconf", "pydantic", "wandb", "dvc", "safetensors"}
 
 
-@pytest.mark.parametrize("name", ["main", "prepare_data", "sample"])
+@pytest.mark.parametrize("name", sorted(HYDRA_SCRIPTS | {"train_encoder"}))
 def test_a_script_is_checked_before_anything_heavy_is_imported(name):
     assert not loaded_by(f"import {name}") & {"torch", "torchvision", "numpy", "wandb"}

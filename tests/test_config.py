@@ -1,16 +1,29 @@
 """The schema: what is refused, in which words; and what a run's name depends on."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from modeling.config import Config, ConfigError, SampleConfig, parse, to_yaml
-from modeling.stage import archive_path, describe_differences, identify, parse_stage, read_manifest, run_name
+from modeling.config import Config, ConfigError, Dataset, parse, to_yaml
+from modeling.options import SampleConfig
+from modeling.stage import (
+    archive_path,
+    describe_differences,
+    identify,
+    parse_stage,
+    read_manifest,
+    repository,
+    run_name,
+)
 from tests.conftest import ROOT
 
 GROUPS = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").glob("*/*.yaml"))
+
+
+REQUIRED = {"dataset/folder": ["dataset.pictures=pictures"]}  # what an alternative leaves to the user
 
 
 def leaves(section: dict, prefix: str = "") -> dict:
@@ -54,17 +67,16 @@ def test_no_key_has_a_name_that_dvc_ignores():
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_alternative_is_valid_alone(compose_config, group):
     name, _, option = group.partition("/")
-    parse(compose_config(f"{name}={option}"))
+    parse(compose_config(f"{name}={option}", *REQUIRED.get(group, [])))
 
 
 @pytest.mark.parametrize("model", ["unet", "ddpm", "ddpm_paper", "ddpm_small"])
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("experiment", ["demo", "assignment", "full"])
-@pytest.mark.parametrize("dataset", ["cifar10", "shapes"])
+@pytest.mark.parametrize("dataset", ["cifar10", "shapes", "folder"])
 def test_alternatives_combine_freely(compose_config, model, optimizer, experiment, dataset):
-    config = parse(
-        compose_config(f"model={model}", f"optimizer={optimizer}", f"experiment={experiment}", f"dataset={dataset}")
-    )
+    choices = f"model={model}", f"optimizer={optimizer}", f"experiment={experiment}", f"dataset={dataset}"
+    config = parse(compose_config(*choices, *REQUIRED.get(f"dataset/{dataset}", [])))
     assert (config.model.name, config.optimizer.name, config.dataset.name) == (
         model.partition("_")[0],
         optimizer,
@@ -128,6 +140,16 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
             ["model: attention_resolutions must be among [32, 16, 8], got [7]"],
         ),
         (["dataset.name=shapes"], ["dataset: seed needs a value with dataset.name=shapes"]),
+        (["dataset=folder"], ["dataset: pictures needs a value with dataset.name=folder"]),
+        (["dataset.pictures=p"], ["dataset: pictures must be null with dataset.name=cifar10, got p"]),
+        (
+            ["dataset=folder", "dataset.pictures=p", "dataset.seed=1"],
+            ["dataset: seed must be null with dataset.name=folder, got 1"],
+        ),
+        (
+            ["dataset=folder", "dataset.pictures=p", "dataset.num_images=32"],
+            ["train.batch_size=64 is larger than the data, 32 images"],
+        ),
         (["dataset.num_images=60000"], ["dataset: num_images must be at most 50000 with dataset.name=cifar10"]),
         (
             ["dataset=shapes", "dataset.num_images=32"],
@@ -165,9 +187,10 @@ def test_every_leaf_of_the_schema_is_in_params_yaml_and_the_other_way_round():
 
 
 NO_EFFECT_ON_THE_NAME = {
-    "dataset.root", "dataset.archive", "dataset.urls", "train.num_epochs", "train.max_steps", "train.checkpoint_every",
-    "runtime.keep_freed_memory", "runtime.num_workers", "runtime.output_dir", "runtime.resume", "runtime.max_seconds",
-    "runtime.checkpoint_seconds", "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
+    "dataset.root", "dataset.archive", "dataset.urls", "dataset.pictures", "train.num_epochs", "train.max_steps",
+    "train.checkpoint_every", "runtime.keep_freed_memory", "runtime.num_workers", "runtime.output_dir",
+    "runtime.resume", "runtime.max_seconds", "runtime.checkpoint_seconds", "runtime.keep_checkpoints", "wandb.mode",
+    "wandb.project", "wandb.name",
 }  # fmt: skip
 
 
@@ -229,6 +252,22 @@ def test_data_that_is_not_prepared_names_the_command(compose_config, tmp_path, t
         read_manifest(config.dataset)
 
 
+@pytest.mark.parametrize("pictures", ["/a/b-1.0", "/a/my pictures", "it's (2), $x", "été/~a=b", '"'])
+def test_the_command_that_an_error_names_sets_the_very_value(compose_config, tmp_path, pictures):
+    dataset = Dataset(
+        name="folder", root=str(tmp_path), archive=None, urls=None, pictures=pictures, num_images=3, seed=None
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_manifest(dataset)
+    _, script, *overrides = shlex.split(str(caught.value).partition("`")[2].removesuffix("`"))
+    assert script == "prepare_data.py"
+    assert parse(compose_config(*overrides, "train.batch_size=1")).dataset == dataset
+
+
+def test_a_folder_of_unknown_count_may_be_larger_than_any_batch(compose_config):
+    parse(compose_config("dataset=folder", "dataset.pictures=p", "train.batch_size=60000"))
+
+
 def test_inside_a_dvc_stage_only_params_yaml_runs(compose_config, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DVC_STAGE", "train")
@@ -270,11 +309,13 @@ def test_ordinary_values_are_no_keys(compose_config):
     parse(compose_config("wandb.name=run-2026-11-20", "dataset.urls=[https://host/" + "a" * 80 + "]"))
 
 
-def test_the_archive_lies_in_the_original_repository_even_in_dvcs_copy(compose_config, monkeypatch):
+def test_archive_and_pictures_lie_in_the_original_repository_even_in_dvcs_copy(compose_config, monkeypatch):
     dataset = parse(compose_config()).dataset
     assert archive_path(dataset) == Path("downloads/cifar-10-python.tar.gz")
+    assert repository() == Path()
     monkeypatch.setenv("DVC_ROOT", "/original")
     assert archive_path(dataset) == Path("/original/downloads/cifar-10-python.tar.gz")
+    assert repository() == Path("/original")
     assert archive_path(parse(compose_config("dataset=shapes")).dataset) is None
 
 

@@ -222,12 +222,107 @@ def test_no_tensor_is_left_on_another_device():
 # ---- the reverse process
 
 
-def test_x_0_and_eps_are_recovered_from_x_t():
-    model = zero_model()
-    x_0, noise = torch.rand(2, 5) * 2 - 1, torch.randn(2, 5)
-    for timestep in (1, 300, 800):
-        x_t = model.q_sample(x_0, torch.full((2,), timestep), noise)
-        torch.testing.assert_close(model.predict_x_0(x_t, noise, timestep), x_0, atol=1e-4, rtol=1e-4)
+def knowing(prediction: str, x_0: torch.Tensor, noise: torch.Tensor, **options) -> DiffusionModel:
+    """A network that predicts what is asked of it without error, for x_t made of this x_0 and this noise."""
+
+    def output(x, t):
+        model = zero_model()
+        timesteps = (t * T).round().long()
+        a, b = model.sqrt_alphas_cumprod[timesteps][:, None], model.sqrt_one_minus_alpha_prod[timesteps][:, None]
+        return {"eps": noise, "x_0": x_0, "v": a * noise - b * x_0}[prediction]
+
+    return DiffusionModel(Lambda(output), BETAS, T, prediction=prediction, **options)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+def test_eps_and_x_0_are_recovered_from_x_t_and_any_prediction(prediction):
+    x_0, noise = torch.rand(3, 5) * 2 - 1, torch.randn(3, 5)
+    model = knowing(prediction, x_0, noise)
+    for timesteps in (torch.tensor([1, 300, 800]), 1, 300, 800):
+        x_t = model.q_sample(x_0, torch.as_tensor(timesteps).expand(3), noise)
+        eps, found = model.predict(x_t, timesteps)
+        torch.testing.assert_close(eps, noise, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, x_0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr_5"])
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+def test_the_target_of_every_prediction_is_what_recovers_x_0(prediction, weighting):
+    """The loss is 0 exactly where `predict` is right."""
+    x_0, noise, timesteps = torch.rand(4, 5) * 2 - 1, torch.randn(4, 5), torch.tensor([1, 20, 500, 1000])
+    losses = knowing(prediction, x_0, noise, weighting=weighting).losses(x_0, timesteps, noise)
+    assert losses.max() < 1e-12
+    wrong = knowing(prediction, x_0 + 1, noise + 1, weighting=weighting).losses(x_0, timesteps, noise)
+    assert wrong.min() > 0
+
+
+def test_min_snr_weighs_the_same_error_of_x_0_equally_in_all_predictions():
+    """Hang et al. 2023: min(SNR, 5) times the squared error of x_0, whatever the network predicts."""
+    x_0, noise, off = torch.zeros(4, 5), torch.randn(4, 5), torch.randn(4, 5)
+    timesteps = torch.tensor([1, 100, 500, 1000])
+    abar = torch.from_numpy(numpy_tables(BETAS, T)[2])[timesteps]
+    expected = (abar / (1 - abar)).clamp(max=5) * off.double().square().mean(1)
+    a, b = abar.sqrt()[:, None], (1 - abar).sqrt()[:, None]
+    for prediction in ("eps", "x_0", "v"):
+        # x_0 wrong by `off` at the same x_t is eps wrong by -a/b off, and v = (a x_t - x_0) / b wrong by -off/b
+        error = {"eps": -a / b, "x_0": torch.ones_like(a), "v": -1 / b}[prediction] * off
+        right = {"eps": noise, "x_0": x_0, "v": a * noise - b * x_0}[prediction]
+        net = Lambda(lambda x, t, output=right + error: output)
+        model = DiffusionModel(net, BETAS, T, prediction=prediction, weighting="min_snr_5")
+        torch.testing.assert_close(model.losses(x_0, timesteps, noise).double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr_5"])
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+def test_on_gaussian_data_every_loss_has_the_same_optimum(prediction, weighting):
+    """The best scale k of a prediction k x_t, by least squares on the loss itself, is that of E[. | x_t]."""
+    std, timestep, count = 0.5, 400, 200_000
+    abar = numpy_tables(BETAS, T)[2][timestep]
+    variance = abar * std**2 + 1 - abar
+    best = {
+        "eps": (1 - abar) ** 0.5 / variance,
+        "x_0": abar**0.5 * std**2 / variance,
+        "v": (abar * (1 - abar)) ** 0.5 * (1 - std**2) / variance,
+    }[prediction]
+    x_0, noise = std * torch.randn(count, 1), torch.randn(count, 1)
+    timesteps = torch.full((count,), timestep)
+
+    def loss(k):
+        net = Lambda(lambda x, t: k * x)
+        model = DiffusionModel(net, BETAS, T, prediction=prediction, weighting=weighting)
+        return model.losses(x_0, timesteps, noise).double().mean().item()
+
+    below, middle, above = loss(best - 1), loss(best), loss(best + 1)  # a parabola in k
+    minimum = best + 0.5 * (below - above) / (below - 2 * middle + above)
+    assert minimum == pytest.approx(best, abs=0.01)
+
+
+def test_held_out_losses_of_all_predictions_are_in_eps():
+    x_0, noise, timesteps = torch.rand(4, 5) * 2 - 1, torch.randn(4, 5), torch.tensor([1, 20, 500, 1000])
+    for prediction in ("eps", "x_0", "v"):
+        model = knowing(prediction, x_0, noise, weighting="min_snr_5")
+        assert model.eps_losses(x_0, timesteps, noise).max() < 1e-6
+    blind = zero_model()
+    torch.testing.assert_close(blind.eps_losses(x_0, timesteps, noise), noise.square().mean(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prediction": "score"}, "prediction must be one of .*'eps', 'x_0', 'v'.*, got 'score'"),
+        ({"weighting": "snr"}, "weighting must be one of .*, got 'snr'"),
+        ({"betas": torch.full((4,), 0.1)}, r"betas must have shape \(5,\), got \(4,\)"),
+        ({"betas": torch.full((5,), 1.0)}, r"numbers in \(0, 1\)"),
+    ],
+)
+def test_wrong_processes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionModel(nn.Identity(), options.pop("betas", (0.1, 0.2)), 5, **options)
+
+
+def test_betas_may_be_given_one_by_one():
+    given = DiffusionModel(nn.Identity(), torch.linspace(*BETAS, T, dtype=torch.float64), T)
+    assert torch.equal(given.schedules_float64["betas"], zero_model().schedules_float64["betas"])
 
 
 @pytest.mark.parametrize("timestep", [2, 3, 500, 1000])
@@ -247,7 +342,7 @@ def test_both_forms_of_the_mean_agree_without_clipping():
     model = DiffusionModel(Lambda(lambda x, t: torch.tanh(x)), BETAS, T)
     x_t = torch.randn(4, 6, dtype=torch.float64) * 0.1
     for timestep in (1, 2, 400, 1000):
-        x_0 = model.predict_x_0(x_t, torch.tanh(x_t), timestep)
+        _, x_0 = model.predict(x_t, timestep)
         torch.testing.assert_close(model.p_mean(x_t, timestep), model.posterior_mean(x_t, x_0, timestep))
 
 

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from modeling.files import LockedError, code_sha256, locked, remove_partial_files, write_atomically
+from modeling.files import LockedError, code_files, code_sha256, locked, remove_partial_files, write_atomically
 from tests.conftest import ROOT
 
 FAULTS = {"write": "ENOSPC", "fsync": "EIO", "replace": "EACCES", "mkstemp": "EROFS"}
@@ -133,3 +134,10 @@ def test_a_lock_that_cannot_be_had_names_the_file(tmp_path, monkeypatch):
 def test_the_version_of_the_code_is_that_of_its_files():
     assert code_sha256() == code_sha256()
     assert len(code_sha256()) == 64
+
+
+def test_the_code_of_a_run_is_main_and_what_it_imports():
+    """As dvc.yaml lists it for the stage, which another test compares with the imports."""
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]
+    listed = {name for name in stage["deps"] if name.endswith(".py")}
+    assert {str(path.relative_to(ROOT)) for path in code_files()} == listed

@@ -14,7 +14,7 @@ from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
 from modeling.ema import Ema
-from modeling.evaluation import denoising_loss
+from modeling.heldout import denoising_loss
 from modeling.run_step import RunStep, TrainState
 from modeling.runtime import place
 from modeling.shapes import draw_shapes

@@ -19,6 +19,8 @@ import main
 import sample
 from modeling.checkpoint import load_weights
 from modeling.config import ConfigError, parse
+from modeling.samplers import sample_images
+from modeling.sampling import read_samples
 from tests.conftest import ROOT, TINY
 
 
@@ -148,7 +150,11 @@ def test_samples_do_not_depend_on_the_batch_size(finished_run, compose_config, t
         (["checkpoint=nowhere.pt"], "nowhere.pt: there is no such file"),
         (["checkpoint={run}/config.yaml"], "no checkpoint"),
         (["checkpoint={run}/model.safetensors", "num_steps=21"], "num_steps must be at most 20, got 21"),
-        (["checkpoint={run}/model.safetensors", "eta=-1"], "eta=-1"),
+        (["checkpoint={run}/model.safetensors", "sampler=ddim", "eta=-1"], "eta=-1"),
+        (["checkpoint={run}/model.safetensors", "sampler=dpm_solver", "eta=1.0"], "eta must be null with sampler=dpm"),
+        (["checkpoint={run}/model.safetensors", "picture=path", "out=a.npz"], r"picture=path needs out=\*\.png, got a"),
+        (["checkpoint={run}/model.safetensors", "weights=raw"], "holds averaged weights only"),
+        (["checkpoint={run}/model.safetensors", "out={run}", "overwrite=true"], "does not hold samples"),
         (["checkpoint={run}/model.safetensors", "out={run}/config.yaml"], "exists already"),
     ],
 )
@@ -157,6 +163,45 @@ def test_wrong_sampling_requests_are_refused(finished_run, compose_config, monke
     overrides = [override.format(run=finished_run) for override in overrides]
     with pytest.raises(SystemExit, match=message):
         sample.main(compose_config(*overrides, name="sample"))
+
+
+def interrupted_after(count: int):
+    """`sample_images`, until Ctrl-C comes after so many batches."""
+    calls = iter(range(count))
+
+    def call(*args, **options):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return sample_images(*args, **options)
+
+    return call
+
+
+@pytest.mark.slow
+def test_a_stopped_sample_script_goes_on_and_writes_every_kind(finished_run, compose_config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = [
+        f"checkpoint={finished_run}/checkpoints/last.pt", "num_images=6", "batch_size=2", "num_steps=4", "sampler=ddim",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("modeling.sampling.sample_images", interrupted_after(2))
+        sample.main(compose_config(*options, "out=a.npz", name="sample"))
+    sample.main(compose_config(*options, "out=a.npz", name="sample"))
+    sample.main(compose_config(*options, "out=b", name="sample"))
+    images, identity = read_samples(tmp_path / "a.npz")
+    assert len(images) == len(list(Path("b").glob("*.png"))) == 6
+    assert identity["sampler"] == "ddim"
+    assert identity["eta"] == 0
+    assert json.loads(Path("b/identity.json").read_text()) == identity
+    assert not list(tmp_path.glob("*.partial"))
+    with Image.open("b/5.png") as image:
+        assert np.array_equal(np.array(image), images[5].permute(1, 2, 0).numpy())
+    sample.main(compose_config(*options, "out=raw.npz", "weights=raw", name="sample"))
+    assert not torch.equal(read_samples(tmp_path / "raw.npz")[0], images)
+    for picture in ("path", "interpolation"):
+        sample.main(compose_config(*options, f"picture={picture}", f"out={picture}.png", name="sample"))
+        with Image.open(f"{picture}.png") as image:
+            assert image.size == (34 * 10 + 2, 34 * (12 if picture == "path" else 6) + 2)
 
 
 def hostile(config: dict) -> dict:

@@ -1,0 +1,56 @@
+"""The loss on held-out images, measured so that two runs can be compared."""
+
+import torch
+from torch import Tensor
+
+from modeling.diffusion import DiffusionModel, evaluating
+from modeling.images import to_model_range
+from modeling.progress import progress_bar
+from modeling.runtime import autocast
+from modeling.seeding import Purpose, draw_normal
+
+_SEED = 0  # fixed, not the run's: every run is measured with the same noise
+
+
+def denoising_loss(
+    model: DiffusionModel,
+    images: Tensor,
+    device: torch.device | str,
+    *,
+    num_bins: int = 10,
+    batch_size: int = 250,
+    precision: str = "fp32",
+    desc: str = "evaluating",
+) -> tuple[float, dict[str, float]]:
+    """The squared error of eps (eq. 14) with fixed noise and timesteps spread evenly over 1..T.
+
+    Image i always gets the same timestep and the same noise, so differences between models are not drawn at random.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        num_bins: equal parts of 1..T, at most T of them.
+        batch_size: images at a time; the result depends on it by rounding only.
+
+    Returns:
+        The mean loss, and that of each bin of timesteps under its bounds, such as "101-200"; a bin in which no image
+        falls is left out.
+    """
+    total = model.num_timesteps
+    timesteps = torch.arange(len(images)) * total // len(images) + 1  # (N,), 1..T
+    losses = []
+    starts = range(0, len(images), batch_size)
+    with evaluating(model), autocast(device, precision):
+        for start in progress_bar(starts, desc=desc):
+            index = torch.arange(start, min(start + batch_size, len(images)), device=device)
+            x_0 = to_model_range(images[start : start + batch_size].to(device))
+            noise = draw_normal(_SEED, Purpose.EVALUATION, 0, index, images.shape[1:])
+            losses.append(model.eps_losses(x_0, timesteps[start : start + batch_size].to(device), noise).cpu())
+    loss = torch.cat(losses).double()
+    num_bins = min(num_bins, total)
+    bins = {}
+    for number in range(num_bins):
+        low, high = number * total // num_bins + 1, (number + 1) * total // num_bins
+        inside = loss[(timesteps >= low) & (timesteps <= high)]
+        if len(inside):
+            bins[f"{low}-{high}"] = inside.mean().item()
+    return loss.mean().item(), bins

@@ -1,0 +1,56 @@
+"""The best linear prediction of the noise: no training, exact for Gaussian data, and a scale for what is trained."""
+
+import torch
+from torch import Tensor, nn
+
+
+class LinearDenoiser(nn.Module):
+    """E[eps | x_t] for data N(mean, covariance): eps = sqrt(1 - abar) (abar covariance + (1 - abar) I)^-1 (x_t - ...).
+
+    Args:
+        mean: (D,) or a scalar tensor, of the flattened images in [-1, 1].
+        covariance: (D, D); or a scalar tensor, the variance of each dimension by itself.
+        alphas_cumprod: (T + 1,), index 0 is clean data.
+
+    Called as an eps model: x (B, ...) with D numbers an image, t = timestep / T (B,).
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor, alphas_cumprod: Tensor):
+        super().__init__()
+        if covariance.ndim == 0:
+            eigenvalues, eigenvectors = covariance, None
+        else:
+            eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
+            eigenvectors = eigenvectors.to(mean)
+        for name, value in {
+            "mean": mean,
+            "eigenvalues": eigenvalues.clamp(min=0).to(mean),
+            "eigenvectors": eigenvectors,
+            "alphas_cumprod": alphas_cumprod,
+        }.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        timesteps = (t * (len(self.alphas_cumprod) - 1)).round().long()
+        abar = self.alphas_cumprod[timesteps][:, None]  # float64: 1 - abar is 1e-4 at t = 1
+        with torch.autocast(x.device.type, enabled=False):
+            centred = x.flatten(1) - (abar.sqrt() * self.mean).to(x)
+            if self.eigenvectors is not None:
+                centred = centred @ self.eigenvectors.to(x)
+            eps = centred * ((1 - abar).sqrt() / (abar * self.eigenvalues + 1 - abar)).to(x)
+            if self.eigenvectors is not None:
+                eps = eps @ self.eigenvectors.to(x).T
+        return eps.reshape(x.shape)
+
+
+def fit_linear_denoiser(images: Tensor, alphas_cumprod: Tensor, *, is_isotropic: bool = False) -> LinearDenoiser:
+    """The best linear denoiser for images (N, C, H, W), float in [-1, 1].
+
+    Args:
+        alphas_cumprod: (T + 1,) of the process.
+        is_isotropic: knows one mean and one variance of all pixels only: N(mean, variance I).
+    """
+    x = images.flatten(1)
+    if is_isotropic:
+        return LinearDenoiser(x.mean(), x.double().var().float(), alphas_cumprod)
+    return LinearDenoiser(x.mean(0), torch.cov(x.T), alphas_cumprod)

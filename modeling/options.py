@@ -1,0 +1,66 @@
+"""The schemas of the scripts' own values in `conf/<script>.yaml`, which no stage reads. Imports no torch."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from modeling.config import Config, Machine, PositiveInt, Section, Text
+
+
+class Sampling(Machine):
+    """A trained model and how images are drawn from it."""
+
+    checkpoint: Text  # model.safetensors, or a full checkpoint (.pt)
+    weights: Literal["ema", "raw"]  # raw: the plain weights, which only a full checkpoint holds
+    num_images: PositiveInt
+    batch_size: PositiveInt | None  # images at a time, no result depends on it; null: 64, on CUDA 512
+    sampler: Literal["ancestral", "ddim", "dpm_solver"]
+    num_steps: PositiveInt | None  # network evaluations; null: every timestep
+    variance: Literal["large", "small"] | None  # ancestral; null: small
+    eta: Annotated[float, Field(ge=0, le=1)] | None  # ddim; null: 0
+    clip_x0: bool
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    overwrite: bool
+
+    @model_validator(mode="after")
+    def _fits_sampler(self) -> Self:
+        for key, sampler in (("variance", "ancestral"), ("eta", "ddim")):
+            if getattr(self, key) is not None and self.sampler != sampler:
+                raise ValueError(f"{key} must be null with sampler={self.sampler}, got {getattr(self, key)}")
+        return self
+
+
+class SampleConfig(Sampling):
+    """All of `conf/sample.yaml`."""
+
+    out: Text  # *.png: one picture; *.npz: all images in an array; else a folder with a PNG for each image
+    picture: Literal["grid", "path", "interpolation"]  # out=*.png: of the images; of how they come; between pairs
+
+    @model_validator(mode="after")
+    def _fits_out(self) -> Self:
+        if self.picture != "grid" and not self.out.endswith(".png"):
+            raise ValueError(f"picture={self.picture} needs out=*.png, got {self.out}")
+        return self
+
+
+class EvaluateConfig(Sampling):
+    """All of `conf/evaluate.yaml`. `checkpoint` may also be "linear" or "gaussian": see `modeling.linear_denoiser`."""
+
+    out: Text  # a folder for evaluation.json, the samples and the pictures
+    measures: Annotated[list[Literal["bits_per_dim", "heldout_loss", "encoder", "fid"]], Field(min_length=1)]
+    samples: Text | None  # an .npz of sample.py or another project, measured instead of new samples
+    data: Text | None  # the folder of prepared data; null: the one that the checkpoint was trained on
+    bits_images: PositiveInt  # bits_per_dim: of the test images (cut to what there is)
+    bits_timesteps: PositiveInt | None  # bits_per_dim: drawn for each image; null: all T
+    loss_images: PositiveInt  # heldout_loss: of the test images (cut to what there is)
+    encoder: Text  # encoder: the file that train_encoder.py wrote
+    inception_weights: Text | None  # fid: torch-fidelity's file; null: downloaded
+
+
+class ConvertConfig(Section):
+    """All of `conf/convert.yaml`."""
+
+    checkpoint: Text  # ours (model.safetensors or .pt): to diffusers; a DDPMPipeline's folder: from diffusers
+    out: Text  # the DDPMPipeline's folder, or our *.safetensors
+    overwrite: bool
+    config: Config  # from diffusers: what our file says of a run; the folder's model and diffusion process replace its

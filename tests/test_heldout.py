@@ -1,0 +1,48 @@
+"""The loss at the end of a run: comparable, and right where the answer is known."""
+
+import pytest
+import torch
+
+from modeling.diffusion import DiffusionModel
+from modeling.heldout import denoising_loss
+from tests.test_diffusion import Lambda, numpy_tables
+
+IMAGES = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def model(function=lambda x, t: 0 * x, num_timesteps=20):
+    return DiffusionModel(Lambda(function), (0.01, 0.3), num_timesteps)
+
+
+def test_bins_cover_all_timesteps_and_average_to_the_total(device):
+    total, bins = denoising_loss(model().to(device), IMAGES, device, num_bins=5)
+    assert list(bins) == ["1-4", "5-8", "9-12", "13-16", "17-20"]
+    assert total == pytest.approx(sum(bins.values()) / 5)
+    assert total == pytest.approx(1, abs=0.05)  # no prediction: the variance of the noise
+
+
+def test_it_does_not_depend_on_batch_size_mode_or_torchs_generator():
+    function = lambda x, t: x * t[:, None, None, None]  # noqa: E731
+    torch.manual_seed(1)
+    whole, _ = denoising_loss(model(function), IMAGES, "cpu")
+    torch.manual_seed(2)
+    parts, _ = denoising_loss(model(function).eval(), IMAGES, "cpu", batch_size=7)
+    assert parts == pytest.approx(whole, rel=1e-6)
+    assert denoising_loss(model(function), IMAGES, "cpu")[0] == whole
+
+
+def test_a_network_that_knows_the_image_has_no_loss():
+    grey = torch.full((40, 3, 8, 8), 51, dtype=torch.uint8)
+    x_0 = 51 / 127.5 - 1
+    abar = torch.from_numpy(numpy_tables((0.01, 0.3), 20)[2])
+
+    def exact(x, t):
+        a = abar[(t * 20).round().long()][:, None, None, None]
+        return (x - a.sqrt() * x_0) / (1 - a).sqrt()
+
+    assert denoising_loss(model(exact), grey, "cpu")[0] < 1e-9
+
+
+def test_there_are_no_more_bins_than_timesteps_and_no_empty_ones():
+    assert list(denoising_loss(model(num_timesteps=3), IMAGES, "cpu")[1]) == ["1-1", "2-2", "3-3"]
+    assert list(denoising_loss(model(num_timesteps=20), IMAGES[:2], "cpu")[1]) == ["1-2", "11-12"]
