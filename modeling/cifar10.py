@@ -153,3 +153,15 @@ def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[np.ndarray, np.nda
     batches = {name: unpickle_batch(members[name])[b"data"] for name in members if name != "batches.meta"}
     train = np.concatenate([batches[f"data_batch_{number}"] for number in range(1, 6)])
     return train.reshape(-1, 3, 32, 32), batches["test_batch"].reshape(-1, 3, 32, 32)
+
+
+def load_labels(archive: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The classes 0..9 of the training images (50000,) and of the test images (10000,), int64, in their order.
+
+    Raises:
+        PreparationError: when the archive is missing or not the official data.
+    """
+    members = read_members(archive)
+    batches = {name: unpickle_batch(members[name])[b"labels"] for name in members if name != "batches.meta"}
+    train = np.concatenate([batches[f"data_batch_{number}"] for number in range(1, 6)])
+    return train, np.array(batches["test_batch"])

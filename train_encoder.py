@@ -1,0 +1,120 @@
+"""Trains the classifier of CIFAR-10 in whose features `evaluate.py` measures distances without Inception.
+
+    python train_encoder.py                     # writes encoders/cifar10.safetensors, about 5 minutes on two cores
+    python train_encoder.py out=mine.safetensors seed=1 num_epochs=20
+    python train_encoder.py controls=true       # trains nothing: distances that must rise, in the features of `out`
+
+Prints the file's SHA-256, which names the feature space, and the accuracy on the test images.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from modeling.config import ConfigError, HiddenSize, Machine, PositiveFloat, PositiveInt, Text, parse
+
+DEFAULTS = {
+    "out": "encoders/cifar10.safetensors",
+    "archive": "downloads/cifar-10-python.tar.gz",  # downloaded there when it is missing
+    "urls": ["https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"],
+    "controls": False,
+    "width": 32,  # the features are 4 times as many
+    "num_epochs": 8,
+    "batch_size": 256,
+    "max_lr": 0.3,
+    "seed": 0,
+    "overwrite": False,
+    "device": "auto",
+    "precision": "auto",
+    "deterministic": True,
+    "keep_freed_memory": True,
+}
+
+
+class EncoderConfig(Machine):
+    """The values above; a further one is an error."""
+
+    out: Text
+    archive: Text
+    urls: list[Text]
+    controls: bool
+    width: HiddenSize
+    num_epochs: PositiveInt
+    batch_size: PositiveInt
+    max_lr: PositiveFloat
+    seed: int
+    overwrite: bool
+
+
+def train(options: EncoderConfig) -> None:
+    """Trains, tests and writes the encoder."""
+    import torch
+
+    from modeling.build import build_runtime
+    from modeling.cifar10 import load_cifar10, load_labels
+    from modeling.encoder import accuracy, images_sha256, save_encoder, train_encoder
+
+    device, precision = build_runtime(options)
+    images = map(torch.from_numpy, load_cifar10(Path(options.archive), options.urls))
+    labels = map(torch.from_numpy, load_labels(Path(options.archive)))
+    (train_images, test_images), (train_labels, test_labels) = images, labels
+    start = time.monotonic()
+    recipe = {key: getattr(options, key) for key in ("width", "num_epochs", "batch_size", "max_lr", "seed")}
+    encoder = train_encoder(train_images, train_labels, **recipe, device=device, precision=precision)
+    seconds = time.monotonic() - start
+    right = accuracy(encoder, test_images, test_labels)
+    about = recipe | {
+        "precision": precision,
+        "test_accuracy": right,
+        "train_sha256": images_sha256(train_images),
+        "test_sha256": images_sha256(test_images),
+    }
+    sha256 = save_encoder(options.out, encoder, about)
+    speed = options.num_epochs * len(train_images) / seconds
+    print(f"{options.out}: {right:.2%} of the test images, {seconds:.0f} s ({speed:.0f} images/s), SHA-256 {sha256}")
+
+
+def print_controls(options: EncoderConfig) -> None:
+    """Prints the controls' distances; exits with an error if they do not rise."""
+    import torch
+
+    from modeling.build import build_runtime
+    from modeling.cifar10 import load_cifar10
+    from modeling.features import control_distances, load_own_encoder
+
+    device, _ = build_runtime(options)
+    extractor = load_own_encoder(options.out, device)
+    table = control_distances(extractor, *map(torch.from_numpy, load_cifar10(Path(options.archive), options.urls)))
+    print(f"encoder/frechet_distance, SHA-256 {extractor.sha256}")
+    for name, distance in table.items():
+        print(f"  {name:12s} {distance:.4f}")
+    distances = list(table.values())
+    if distances != sorted(set(distances)):
+        sys.exit("the distances do not rise from row to row: these features do not measure what they should")
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
+    try:
+        options = parse(OmegaConf.merge(DEFAULTS, OmegaConf.from_cli()), EncoderConfig)
+        if not options.controls and Path(options.out).exists() and not options.overwrite:
+            raise ConfigError(f"out={options.out}: exists already; name another file or set overwrite=true")
+    except (ConfigError, YAMLError) as error:
+        sys.exit(str(error))
+
+    from modeling.checkpoint import CheckpointError
+    from modeling.cifar10 import PreparationError
+
+    try:
+        (print_controls if options.controls else train)(options)
+    except (PreparationError, CheckpointError, FileNotFoundError, ValueError, FloatingPointError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
