@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train test test-faults test-long bench check clean
+.PHONY: help demo train encoder test test-faults test-long bench check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,7 +20,12 @@ demo: .venv/installed ## draw shapes, train on them, write a grid of samples (ab
 train: .venv/installed ## CIFAR-10: the recorded pipeline (dvc repro), under 10 minutes on 2 cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 
+encoder: .venv/installed ## train the classifier whose features stand in for Inception's (about 5 minutes on 2 cores)
+	$(BIN)/python train_encoder.py
+	$(BIN)/python train_encoder.py controls=true
+
 test: .venv/installed ## all tests, with coverage
+	$(BIN)/pip install -q -r requirements-dev.txt
 	$(BIN)/python -m pytest --cov=modeling
 	$(BIN)/coverage report --include=modeling/training.py --fail-under=90
 

@@ -11,42 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from yaml import YAMLError
+import hydra
+from omegaconf import DictConfig
 
-from modeling.config import ConfigError, HiddenSize, Machine, PositiveFloat, PositiveInt, Text, parse
-
-DEFAULTS = {
-    "out": "encoders/cifar10.safetensors",
-    "archive": "downloads/cifar-10-python.tar.gz",  # downloaded there when it is missing
-    "urls": ["https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"],
-    "controls": False,
-    "width": 32,  # the features are 4 times as many
-    "num_epochs": 8,
-    "batch_size": 256,
-    "max_lr": 0.3,
-    "seed": 0,
-    "overwrite": False,
-    "device": "auto",
-    "precision": "auto",
-    "deterministic": True,
-    "keep_freed_memory": True,
-}
-
-
-class EncoderConfig(Machine):
-    """The values above; a further one is an error."""
-
-    out: Text
-    archive: Text
-    urls: list[Text]
-    controls: bool
-    width: HiddenSize
-    num_epochs: PositiveInt
-    batch_size: PositiveInt
-    max_lr: PositiveFloat
-    seed: int
-    overwrite: bool
+from modeling.config import ConfigError, parse
+from modeling.options import EncoderConfig
+from modeling.signals import stopping_on_signals
 
 
 def train(options: EncoderConfig) -> None:
@@ -96,24 +66,23 @@ def print_controls(options: EncoderConfig) -> None:
         sys.exit("the distances do not rise from row to row: these features do not measure what they should")
 
 
-def main() -> None:
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        return
+@hydra.main(version_base="1.3", config_path="conf", config_name="encoder")
+def main(values: DictConfig) -> None:
     try:
-        options = parse(OmegaConf.merge(DEFAULTS, OmegaConf.from_cli()), EncoderConfig)
+        options = parse(values, EncoderConfig)
         if not options.controls and Path(options.out).exists() and not options.overwrite:
             raise ConfigError(f"out={options.out}: exists already; name another file or set overwrite=true")
-    except (ConfigError, YAMLError) as error:
+    except ConfigError as error:
         sys.exit(str(error))
 
-    from modeling.checkpoint import CheckpointError
-    from modeling.cifar10 import PreparationError
+    with stopping_on_signals():
+        from modeling.checkpoint import CheckpointError
+        from modeling.cifar10 import PreparationError
 
-    try:
-        (print_controls if options.controls else train)(options)
-    except (PreparationError, CheckpointError, FileNotFoundError, ValueError, FloatingPointError) as error:
-        sys.exit(str(error))
+        try:
+            (print_controls if options.controls else train)(options)
+        except (PreparationError, CheckpointError, FileNotFoundError, ValueError, FloatingPointError) as error:
+            sys.exit(str(error))
 
 
 if __name__ == "__main__":

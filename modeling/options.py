@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modeling.config import Config, Machine, PositiveInt, Section, Text
+from modeling.config import Config, HiddenSize, Machine, PositiveFloat, PositiveInt, Section, Text
 
 
 class Sampling(Machine):
@@ -55,6 +55,21 @@ class EvaluateConfig(Sampling):
     loss_images: PositiveInt  # heldout_loss: of the test images (cut to what there is)
     encoder: Text  # encoder: the file that train_encoder.py wrote
     inception_weights: Text | None  # fid: torch-fidelity's file; null: downloaded
+
+
+class EncoderConfig(Machine):
+    """All of `conf/encoder.yaml`."""
+
+    out: Text  # the file of weights; with controls, the one whose features are tried
+    archive: Text  # CIFAR-10's; downloaded there when it is missing
+    urls: list[Text]
+    controls: bool  # prints the controls' distances instead of training
+    width: HiddenSize  # the features are 4 times as many
+    num_epochs: PositiveInt
+    batch_size: PositiveInt
+    max_lr: PositiveFloat
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    overwrite: bool
 
 
 class ConvertConfig(Section):

@@ -182,16 +182,18 @@ def interpolation(
     num_columns: int = 10,
     **options,
 ) -> Tensor:
-    """Images between images 2k and 2k + 1: their starting noises are joined by an arc, and all steps of a row share
-    the later noise of image 2k, so that a row shows the starting noise alone.
+    """Images between images 2k and 2k + 1: all their noises, the starting one and the later ones, joined by an arc.
 
     Returns:
-        (num_pairs num_columns, C, H, W) uint8, row by row.
+        (num_pairs num_columns, C, H, W) uint8, row by row; a row begins and ends with the two images themselves.
     """
     first = 2 * torch.arange(num_pairs, device=device).repeat_interleave(num_columns)
-    angle = torch.linspace(0, torch.pi / 2, num_columns, device=device).repeat(num_pairs)[:, None, None, None]
+    noises = [image_noise(seed, indices, size) for indices in (first, first + 1)]
     # Independent normals at right angles: the arc has their variance all along.
-    start = image_noise(seed, first, size)(0) * angle.cos() + image_noise(seed, first + 1, size)(0) * angle.sin()
-    step_noise = image_noise(seed, first, size)
+    angle = torch.linspace(0, torch.pi / 2, num_columns, device=device).repeat(num_pairs)[:, None, None, None]
+
+    def arc(timestep: int) -> Tensor:
+        return noises[0](timestep) * angle.cos() + noises[1](timestep) * angle.sin()
+
     with autocast(device, precision):
-        return to_uint8(sample(model, len(first), size, device, noise=start, step_noise=step_noise, **options)).cpu()
+        return to_uint8(sample(model, len(first), size, device, noise=arc(0), step_noise=arc, **options)).cpu()

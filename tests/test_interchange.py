@@ -79,7 +79,7 @@ def network(name: str) -> DdpmUnet:
 
 @pytest.fixture(scope="module")
 def diffusers():
-    return pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers==0.42.1")
+    return pytest.importorskip("diffusers", reason="diffusers is not installed: requirements-dev.txt")
 
 
 # ---- the network

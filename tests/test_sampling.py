@@ -113,12 +113,11 @@ def test_the_path_of_an_image_begins_in_noise_and_ends_in_its_sample():
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
-def test_an_interpolation_begins_at_one_image_and_ends_in_the_noise_of_the_other(sampler):
+def test_an_interpolation_goes_from_one_image_to_the_other(sampler):
     options = {"seed": 1, "num_steps": 6, "sampler": sampler}
-    rows = interpolation(model(), 2, SIZE, "cpu", num_columns=5, **options).reshape(2, 5, *SIZE)
-    images = ((sample_images(model(), 4, SIZE, "cpu", **options).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    assert torch.equal(rows[:, 0], images[[0, 2]])
-    if sampler == "ddim":  # no later noise: the last one is the other image itself
-        assert (rows[:, -1].int() - images[[1, 3]].int()).abs().max() <= 1
-    changes = (rows[:, 1:].float() - rows[:, :-1].float()).abs().mean((2, 3, 4))
+    rows = interpolation(model(), 2, SIZE, "cpu", num_columns=5, **options).reshape(2, 5, *SIZE).int()
+    images = ((sample_images(model(), 4, SIZE, "cpu", **options).clamp(-1, 1) + 1) * 127.5).round().int()
+    assert (rows[:, 0] - images[[0, 2]]).abs().max() <= 1
+    assert (rows[:, -1] - images[[1, 3]]).abs().max() <= 1
+    changes = (rows[:, 1:] - rows[:, :-1]).float().abs().mean((2, 3, 4))
     assert changes.max() < 3 * changes.min()
