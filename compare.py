@@ -13,7 +13,6 @@ windows in a row on one side, or when a loss at its end lies outside. Ends with 
 import argparse
 import datetime
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -25,11 +24,10 @@ from yaml import YAMLError
 
 from modeling import comparison
 from modeling.comparison import Band, ComparisonError, RunRecord, comparable
-from modeling.files import write_atomically
+from modeling.references import choose_reference, describe_changes, load_references, make_reference, save_reference
 from modeling.stage import differences
 
 ROOT = Path(__file__).parent
-MUST_MATCH = ("dataset.name", "diffusion.")  # else the losses are of different things
 
 
 def read_yaml(path: Path) -> dict:
@@ -46,9 +44,6 @@ def read_yaml(path: Path) -> dict:
         raise ComparisonError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
-# ---- references
-
-
 def command_of(config: dict) -> str:
     """The command that trains with this configuration, beside the machine's part: what differs from params.yaml."""
     default = comparable(read_yaml(ROOT / "params.yaml"))
@@ -61,79 +56,6 @@ def command_of(config: dict) -> str:
         for key, (_, new) in changed.items()
     }
     return shlex.join(["python", "main.py", *(f"{key}={value}" for key, value in values.items())])
-
-
-def save_reference(reference: dict, folder: Path) -> Path:
-    """Writes `<folder>/<name>.json`, a line for each key and each point of the curve.
-
-    Raises:
-        ComparisonError: for a name that is taken, or is none.
-    """
-    path = folder / f"{reference['name']}.json"
-    if not re.fullmatch(r"\w[\w.-]*", reference["name"]):
-        raise ComparisonError(f"--save {reference['name']}: expected a name of letters, digits and . _ -")
-    if path.exists():
-        raise ComparisonError(f"--save {reference['name']}: {path} exists already; choose another name or delete it")
-    points = ",\n    ".join(json.dumps(point) for point in reference["curve"])
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in reference.items() if key != "curve"]
-    lines.append(f'  "curve": [\n    {points}\n  ]')
-    write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-    return path
-
-
-def load_references(folder: Path) -> dict[str, dict]:
-    """A folder's references by name.
-
-    Raises:
-        ComparisonError: when one is damaged.
-    """
-    references = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            references[path.stem] = json.loads(path.read_text())
-            missing = ", ".join(sorted(comparison.KEYS - references[path.stem].keys()))
-        except (ValueError, AttributeError) as error:
-            raise ComparisonError(f"{path} is damaged: {error}") from error
-        if missing:
-            raise ComparisonError(f"{path} is no reference: it lacks {missing}")
-    return references
-
-
-def choose_reference(references: dict[str, dict], config: dict, name: str | None = None) -> tuple[dict, dict]:
-    """The reference of this name, or else the one whose configuration differs in the fewest keys.
-
-    Returns:
-        It, and where it differs: dotted key -> (there, here).
-
-    Raises:
-        ComparisonError: where it is unknown, or its losses are of something else; or none or several are nearest.
-    """
-    if name is not None and name not in references:
-        raise ComparisonError(f"--reference {name}: unknown, there are: {', '.join(references) or 'none'}")
-    found, refused = {}, {}
-    for key in references if name is None else [name]:
-        changed = found[key] = differences(references[key]["config"], comparable(config))
-        # A key that is null or missing on one side says nothing: it may be younger than the reference.
-        other = [k for k, pair in changed.items() if k.startswith(MUST_MATCH) and None not in pair]
-        if other:
-            refused[key] = f"{key} ({_describe({k: changed[k] for k in other})})"
-            del found[key]
-    if not found:
-        raise ComparisonError(f"no comparable reference: {'; '.join(refused.values()) or 'there is none at all'}")
-    fewest = min(map(len, found.values()))
-    nearest = [key for key, changed in found.items() if len(changed) == fewest]
-    if len(nearest) > 1:
-        raise ComparisonError(f"{', '.join(nearest)} differ in {fewest} keys each: choose one with --reference")
-    return references[nearest[0]], found[nearest[0]]
-
-
-def _describe(changed: dict[str, tuple]) -> str:
-    return "; ".join(
-        f"{key}: {json.dumps(there)} there, {json.dumps(here)} here" for key, (there, here) in changed.items()
-    )
-
-
-# ---- the report
 
 
 def _line(label: str, band: Band) -> str:
@@ -158,7 +80,7 @@ def describe(
         f"run          step {run.step:,}{share}, {images:,.0f} images, {state}",
         f"reference    {reference['name']} ({reference['date']}), {reference['images']:,} images: "
         + reference["command"],
-        f"differences  {_describe(changed) or 'none'}",
+        f"differences  {describe_changes(changed) or 'none'}",
         f"speed        {speed:,.1f} images/s, {speed / reference['images_per_second']:.2f} times the reference's on "
         f"{machine['device']}, {machine['threads']} threads, {machine['precision']}, torch {machine['torch']}",
         f"band         +- {allowed.curve:.0%} and {comparison.NUM_ERRORS:g} standard errors"
@@ -247,7 +169,7 @@ def main() -> int:
         run = comparison.read_run(options.run, read_yaml(options.run / "config.yaml"))
         if options.save:
             command = options.command or command_of(run.config)
-            reference = comparison.make_reference(run, options.save, command, datetime.date.today().isoformat())
+            reference = make_reference(run, options.save, command, datetime.date.today().isoformat())
             print(f"{save_reference(reference, options.references)}: {command}")
             return 0
         reference, changed = choose_reference(load_references(options.references), run.config, options.reference)

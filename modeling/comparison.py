@@ -41,8 +41,7 @@ class Tolerance:
 # the mean in a bin, between three seeds of a run of 600 steps on shapes, which is as unsteady as they come.
 SAME, OTHER = Tolerance(0.02, 0.05, 0.01), Tolerance(0.05, 0.15, 0.015)
 
-NUM_POINTS, NUM_WINDOWS = 100, 25  # of a reference's curve, and in which curves are compared, at most
-MIN_LINES = 30  # of metrics.jsonl, to know a scatter
+NUM_WINDOWS = 25  # in which curves are compared, at most
 
 # What changes no curve, or only at which steps one looks; True: the whole section.
 LEFT_OUT = {
@@ -51,9 +50,6 @@ LEFT_OUT = {
     "runtime": True,
     "wandb": True,
 }
-_HARDWARE = ("device", "threads", "precision", "torch")
-_COPIED = ("steps", "images", "seconds", "images_per_second", "parameters", "bins", "data_sha256", "code_sha256")
-KEYS = {"name", "command", "date", "config", "hardware", "losses", "curve", *_COPIED}
 POINT = ("step", "images", "count", "loss", "standard_error")  # of a reference's curve
 BINS = "eval/heldout_ema"
 
@@ -176,57 +172,6 @@ def read_run(folder: str | Path, config: dict) -> RunRecord:
         raise ComparisonError(f"{error.filename}: {error.strerror}; expected a run that has begun") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ComparisonError(f"{folder}: config.yaml, metrics.jsonl or .json is damaged: {error!r}") from error
-
-
-# ---- references
-
-
-def image_scatter(curve: Curve) -> np.ndarray:
-    """(N,) standard deviation of one image's loss, at each of N >= 3 lines, from the scatter of the lines around there.
-
-    A line's distance from the straight line through its neighbours knows no trend (Gasser et al. 1986, Biometrika 73).
-    Of 51 of them, as shares of the loss, the 0.8 quantile counts: the few lines where the loss falls steeply do not.
-    """
-    centres, losses, variances = (curve.edges[1:] + curve.edges[:-1]) / 2, curve.losses, 1 / curve.counts
-    share = (centres[2:] - centres[1:-1]) / (centres[2:] - centres[:-2])  # of the neighbour before
-    distances = np.abs(share * losses[:-2] + (1 - share) * losses[2:] - losses[1:-1]) / losses[1:-1]
-    distances /= np.sqrt(share**2 * variances[:-2] + (1 - share) ** 2 * variances[2:] + variances[1:-1])
-    first = np.clip(np.arange(len(losses)) - 26, 0, max(0, len(distances) - 51))
-    return losses * [np.quantile(distances[start : start + 51], 0.8) / 1.2816 for start in first]  # normal: 1.2816
-
-
-def make_reference(run: RunRecord, name: str, command: str, date: str) -> dict:
-    """A finished run as a reference.
-
-    Raises:
-        ComparisonError: for an unfinished run, or one with too few lines or some in which no step counted.
-    """
-    curve, metrics = run.curve, run.metrics
-    if metrics is None:
-        raise ComparisonError(f"a reference needs a finished run; this one stands at step {run.step:,}")
-    if len(curve.losses) < MIN_LINES or not curve.counts.all() or curve.edges[0]:
-        raise ComparisonError(
-            f"a reference needs at least {MIN_LINES} lines in metrics.jsonl, from step 1 on, each with a loss; "
-            f"this run has {np.count_nonzero(curve.counts)} of {len(curve.losses)}, from image {curve.edges[0]:,.0f} on"
-        )
-    ends = curve.edges[:0:-1][:: math.ceil(len(curve.losses) / NUM_POINTS)][::-1]  # the last line's is always kept
-    edges, steps = np.concatenate([[0], ends]), ends / run.config["train"]["batch_size"]
-    losses, counts = curve.average(edges)
-    variances, _ = Curve(curve.edges, image_scatter(curve) ** 2, curve.counts).average(edges)
-    table = np.stack([steps, ends, counts, losses, np.sqrt(variances / counts)], axis=1).tolist()
-    try:
-        return {
-            "name": name,
-            "command": command,
-            "date": date,
-            **{key: metrics[key] for key in _COPIED},
-            "hardware": {key: metrics[key] for key in _HARDWARE},
-            "losses": {key: value for key, value in metrics.items() if key.startswith("eval/")},
-            "config": comparable(run.config),
-            "curve": [dict(zip(POINT, row, strict=True)) for row in table],
-        }
-    except KeyError as error:
-        raise ComparisonError(f"metrics.json lacks {error}") from error
 
 
 # ---- the comparison

@@ -23,7 +23,7 @@ _MAX_WIDTH = 256
 _CROP = 2  # pixels by which a training image is shifted at most
 _MOMENTUM, _WEIGHT_DECAY, _LABEL_SMOOTHING = 0.9, 5e-4, 0.1
 _WARMUP = 0.2  # of all steps
-_NOISE_STD, _BLUR_PIXELS = 15.0, 2.0  # of the controls
+_NOISE_STD, _BLUR_PIXELS = 15.0, 1.0  # of the controls
 _NOISE_IMAGES = 1000  # at a time
 
 
@@ -214,14 +214,16 @@ def control_images(train: Tensor, test: Tensor, num_images: int | None = None) -
         noise[rows] = draw_normal(0, Purpose.EVALUATION, 1, index, shape)
         words = draw_bits(0, Purpose.EVALUATION, 2, index, -(-math.prod(shape) // 8))  # 8 bytes each
         uniform[rows] = words.view(torch.uint8)[:, : math.prod(shape)].unflatten(1, shape)
-    std, mean = torch.std_mean(first.float(), dim=0)
+    pixels = first.flatten(1).double()
+    eigenvalues, eigenvectors = torch.linalg.eigh(torch.cov(pixels.T, correction=0))
+    drawn = pixels.mean(0) + noise.flatten(1).double() * eigenvalues.clamp(min=0).sqrt() @ eigenvectors.T
     rounded = lambda images: images.round().clamp(0, 255).to(torch.uint8)  # noqa: E731
     return first, {
         "train halves": second,
         "train / test": test[:count],
         "noise": rounded(second + _NOISE_STD * noise),
         "blur": gaussian_blur(second, kernel_size=2 * math.ceil(3 * _BLUR_PIXELS) + 1, sigma=_BLUR_PIXELS),
-        "Gaussian": rounded(mean + std * noise),
+        "Gaussian": rounded(drawn).unflatten(1, shape),
         "uniform": uniform,
     }
 

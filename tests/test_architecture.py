@@ -52,7 +52,8 @@ ALLOWED = {
     "encoder": {"checkpoint", "files", "images", "progress", "runtime", "seeding"},
     "features": {"encoder", "files", "images", "progress"},
     "neighbours": {"images", "progress"},
-    "comparison": {"files"},
+    "comparison": set(),
+    "references": {"comparison", "files", "stage"},
     "build": {"config", "data", "ddpm_unet", "diffusion", "runtime", "schedules", "seeding", "tracking", "unet"},
     "trained": {
         "build", "checkpoint", "config", "diffusion", "files", "images", "linear_denoiser", "options", "runtime",

@@ -16,11 +16,10 @@ from modeling.comparison import (
     compare_curves,
     compare_ends,
     first_exit,
-    image_scatter,
-    make_reference,
     read_run,
 )
 from modeling.config import parse
+from modeling.references import image_scatter, make_reference
 from modeling.session import train
 from tests.conftest import ROOT
 

@@ -223,6 +223,17 @@ def test_on_grey_images_blur_does_nothing_and_noise_has_its_standard_deviation()
     assert difference.mean().item() == pytest.approx(0, abs=0.1)
 
 
+def test_the_gaussian_control_has_the_mean_and_covariance_of_the_images():
+    common = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    own = torch.randn(4000, 48, generator=torch.Generator().manual_seed(1))
+    train = (120 + 20 * common + 10 * own).round().to(torch.uint8).reshape(4000, 3, 4, 4)
+    drawn = control_images(train, train)[1]["Gaussian"].flatten(1).double()
+    images = train[:2000].flatten(1).double()
+    assert (drawn.mean(0) - images.mean(0)).abs().max() < 5 * 22.4 / 2000**0.5
+    covariances = torch.cov(drawn.T), torch.cov(images.T)
+    torch.testing.assert_close(*covariances, atol=5 * 500 * (2 / 2000) ** 0.5, rtol=0)
+
+
 @pytest.mark.parametrize("count", [0, 31, 41])
 def test_more_controls_than_there_are_images_are_refused(count):
     with pytest.raises(ValueError, match=f"num_images must lie in 1..30 .*got {count}"):
