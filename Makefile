@@ -21,7 +21,7 @@ train: .venv/installed ## CIFAR-10: the recorded pipeline (dvc repro), under 10 
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 
 encoder: .venv/installed ## train the classifier whose features stand in for Inception's (about 5 minutes on 2 cores)
-	$(BIN)/python train_encoder.py
+	$(BIN)/python train_encoder.py overwrite=true
 	$(BIN)/python train_encoder.py controls=true
 
 test: .venv/installed ## all tests, with coverage

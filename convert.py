@@ -1,6 +1,6 @@
 """Converts a trained network to or from diffusers, which need not be installed for it.
 
-    python convert.py checkpoint=outputs/model.safetensors out=exported
+    python convert.py checkpoint=runs/<run of model=ddpm_paper>/model.safetensors out=exported
     python convert.py checkpoint=ddpm-cifar10-32 out=model.safetensors
 
 The first writes a folder for `diffusers.DDPMPipeline.from_pretrained("exported")`. The second takes such a folder, for

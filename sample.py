@@ -11,6 +11,7 @@ A command that was stopped goes on where it was.
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -41,6 +42,7 @@ def main(values: DictConfig) -> None:
         from modeling.checkpoint import CheckpointError
         from modeling.files import LockedError
         from modeling.images import save_grid
+        from modeling.progress import progress_bar
         from modeling.sampling import denoising_path, interpolation, write_samples
         from modeling.trained import SIZE, load_trained
 
@@ -54,7 +56,7 @@ def main(values: DictConfig) -> None:
                 show = {"path": denoising_path, "interpolation": interpolation}[options.picture]
                 images = show(
                     trained.model, options.num_images, SIZE, trained.device, precision=trained.precision,
-                    **trained.sampler,
+                    bar=partial(progress_bar, desc="sampling"), **trained.sampler,
                 )  # fmt: skip
                 save_grid(images, out, num_columns=10)
         except (CheckpointError, LockedError, FileNotFoundError, ValueError) as error:

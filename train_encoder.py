@@ -1,6 +1,6 @@
 """Trains the classifier of CIFAR-10 in whose features `evaluate.py` measures distances without Inception.
 
-    python train_encoder.py                     # writes encoders/cifar10.safetensors, about 5 minutes on two cores
+    python train_encoder.py overwrite=true      # writes encoders/cifar10.safetensors, about 5 minutes on two cores
     python train_encoder.py out=mine.safetensors seed=1 num_epochs=20
     python train_encoder.py controls=true       # trains nothing: distances that must rise, in the features of `out`
 

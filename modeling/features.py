@@ -30,6 +30,7 @@ _KERNEL_SUBSETS, _KERNEL_SUBSET_SIZE, _NEIGHBOURHOOD = 100, 1000, 3  # torch-fid
 _DISTANCE_ROWS = 2000  # of a matrix of distances at a time: 400 MB against 50,000 images
 _TIMEOUT_SECONDS = 10
 _PUBLISHED = {"frechet_distance": "fid", "kernel_distance": "kid", "kernel_distance_std": "kid_std"}
+_PUBLISHED_NUM_IMAGES = 50_000  # of samples and of the reference
 
 
 class WeightsError(ValueError):
@@ -207,9 +208,9 @@ def measure_distances(generated: Features, reference: Features) -> dict:
 
     Returns:
         {"values": name -> number, "identity": what they are numbers of}. The names are `fid`, `kid`, `kid_std`,
-        `precision`, `recall`, `inception_score`, `inception_score_std` for the extractor "inception-2015"; for any
-        other `<extractor>/frechet_distance`, `<extractor>/kernel_distance` and so on. Without logits of the generated
-        images there is no inception score.
+        `precision`, `recall`, `inception_score`, `inception_score_std` for 50,000 images of either kind in the features
+        of the extractor "inception-2015"; for anything else `<extractor>/frechet_distance`,
+        `<extractor>/kernel_distance` and so on. Without logits of the generated images there is no inception score.
 
     Raises:
         ValueError: for features of two extractors.
@@ -242,9 +243,14 @@ def measure_distances(generated: Features, reference: Features) -> dict:
         **kernel,
         **nearest,
     }
-    if extractor == "inception-2015":
-        return {"values": {_PUBLISHED.get(name, name): value for name, value in values.items()}, "identity": identity}
-    return {"values": {f"{extractor}/{name}": value for name, value in values.items()}, "identity": identity}
+    return {"values": name_values(values, extractor, *map(len, pair)), "identity": identity}
+
+
+def name_values(values: dict, extractor: str, num_images: int, reference_num_images: int) -> dict:
+    """The numbers under their published names, where they are what is published: see `measure_distances`."""
+    if extractor == "inception-2015" and num_images == reference_num_images == _PUBLISHED_NUM_IMAGES:
+        return {_PUBLISHED.get(name, name): value for name, value in values.items()}
+    return {f"{extractor}/{name}": value for name, value in values.items()}
 
 
 def control_distances(extractor: Extractor, train: Tensor, test: Tensor, *, num_images: int | None = None) -> dict:

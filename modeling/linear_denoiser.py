@@ -26,20 +26,23 @@ class LinearDenoiser(nn.Module):
             "mean": mean,
             "eigenvalues": eigenvalues.clamp(min=0).to(mean),
             "eigenvectors": eigenvectors,
-            "alphas_cumprod": alphas_cumprod,
+            "abar": alphas_cumprod.to(mean),
+            "one_minus_abar": (1 - alphas_cumprod.double()).to(
+                mean
+            ),  # 1e-4 at t = 1: not to be had from abar in float32
         }.items():
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        timesteps = (t * (len(self.alphas_cumprod) - 1)).round().long()
-        abar = self.alphas_cumprod[timesteps][:, None]  # float64: 1 - abar is 1e-4 at t = 1
+        timesteps = (t * (len(self.abar) - 1)).round().long()
+        abar, one_minus_abar = self.abar[timesteps][:, None], self.one_minus_abar[timesteps][:, None]
         with torch.autocast(x.device.type, enabled=False):
-            centred = x.flatten(1) - (abar.sqrt() * self.mean).to(x)
+            eps = x.flatten(1).to(self.mean) - abar.sqrt() * self.mean
             if self.eigenvectors is not None:
-                centred = centred @ self.eigenvectors.to(x)
-            eps = centred * ((1 - abar).sqrt() / (abar * self.eigenvalues + 1 - abar)).to(x)
+                eps = eps @ self.eigenvectors
+            eps = eps * one_minus_abar.sqrt() / (abar * self.eigenvalues + one_minus_abar)
             if self.eigenvectors is not None:
-                eps = eps @ self.eigenvectors.to(x).T
+                eps = eps @ self.eigenvectors.T
         return eps.reshape(x.shape)
 
 

@@ -1,10 +1,13 @@
-"""What `evaluate.py` measures: functions of a trained model, data and options to plain values that say what they are
-numbers of.
-"""
+"""What `evaluate.py` measures: each measure knows its identity and its cost before it begins."""
 
 import json
+import math
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,30 +15,31 @@ from torch import Tensor
 
 from modeling.config import ConfigError
 from modeling.data import load_images
-from modeling.evaluation import BoundErrors
+from modeling.evaluation import measure_errors, summarise
 from modeling.features import Extractor, extract_features, load_inception, load_own_encoder, measure_distances
+from modeling.files import sha256_of
 from modeling.heldout import denoising_loss
 from modeling.images import save_grid
 from modeling.neighbours import memorisation_ratio, nearest_neighbours, save_neighbours
 from modeling.options import EvaluateConfig
 from modeling.progress import progress_bar
 from modeling.runtime import autocast
-from modeling.sampling import read_samples, write_samples
+from modeling.sampling import draw_in_parts, read_samples, write_samples
 from modeling.trained import SIZE, TrainedModel
 
 SAMPLES = "samples.npz"
-_SHOWN = 10  # samples in the picture of neighbours
-_NEIGHBOURS = 5
+_SHOWN, _NEIGHBOURS = 10, 5  # samples in the picture of neighbours, and neighbours of each
 _NUM_TERMS = 10  # of the rate, in a record
 
 
 @dataclass(frozen=True)
 class Data:
-    """Prepared images, (N, 3, H, W) uint8, and the SHA-256 of their files."""
+    """Prepared images, (N, 3, H, W) uint8, the SHA-256 of their files, and where features of them are kept."""
 
     train: Tensor
     test: Tensor
     identity: dict
+    cache: Path
 
 
 def load_data(folder: Path) -> Data:
@@ -47,116 +51,195 @@ def load_data(folder: Path) -> Data:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         train, test = (load_images(folder, split, manifest) for split in ("train", "test"))
+        digests = {f"{split}_sha256": manifest["files"][f"{split}.npy"]["sha256"] for split in ("train", "test")}
+        identity = {"data": manifest["dataset"]["name"], **digests}
     except FileNotFoundError as error:
         raise ConfigError(f"data={folder}: no prepared data there: run prepare_data.py") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"data={folder}: {error}") from error
-    digests = {f"{split}_sha256": manifest["files"][f"{split}.npy"]["sha256"] for split in ("train", "test")}
-    return Data(train, test, {"data": manifest["dataset"]["name"], **digests})
+    return Data(train, test, identity, folder.parent / "features")
 
 
-def num_evaluations(options: EvaluateConfig, trained: TrainedModel, data: Data) -> dict[str, int]:
-    """How often each measure evaluates the network, in images."""
-    counts = {}
-    if "bits_per_dim" in options.measures:
-        timesteps = min(options.bits_timesteps or trained.model.num_timesteps - 1, trained.model.num_timesteps - 1)
-        counts["bits_per_dim"] = min(options.bits_images, len(data.test)) * (timesteps + 1)
-    if "heldout_loss" in options.measures:
-        counts["heldout_loss"] = min(options.loss_images, len(data.test))
-    if options.samples is None and {"encoder", "fid"} & set(options.measures):
-        counts["samples"] = options.num_images * trained.num_steps
-    return counts
+@dataclass(frozen=True)
+class Measure:
+    """A measure, ready to be taken.
+
+    Attributes:
+        identity: everything that its numbers depend on, as far as it is known before.
+        seconds: about what it will take.
+        take: returns {"values": ...} and, where there is more to say of what they are of, {"identity": ...}.
+    """
+
+    identity: dict
+    seconds: float
+    take: Callable[[], dict]
+
+    def is_of(self, record: dict) -> bool:
+        """Whether a record is this measure's."""
+        known = record.get("identity", {})
+        return all(known.get(key) == value for key, value in json.loads(json.dumps(self.identity)).items())
 
 
-def seconds_per_evaluation(trained: TrainedModel) -> float:
-    """Of one image by the network, measured with a batch of them."""
-    x = torch.randn(trained.batch_size, *SIZE, device=trained.device)
-    with torch.inference_mode(), autocast(trained.device, trained.precision):
-        for _ in range(2):  # the first one prepares
-            started = time.perf_counter()
-            trained.model.predict(x, 1)[0].sum().item()
-    return (time.perf_counter() - started) / len(x)
+class Evaluation:
+    """The measures of a model.
 
-
-def measure_bits(trained: TrainedModel, data: Data, options: EvaluateConfig) -> dict:
-    """The bound in bits per dimension of the test images: both variances, x_0 raw and clipped."""
-    images = data.test[: options.bits_images]
-    last = trained.model.num_timesteps - 1
-    num_timesteps = None if options.bits_timesteps is None else min(options.bits_timesteps, last)
-    with progress_bar(total=len(images) * ((num_timesteps or last) + 1), desc="bits/dim", unit="evaluation") as bar:
-
-        def counted(columns: list) -> list:
-            for column in columns:
-                yield column
-                bar.update(min(trained.batch_size, len(images)))
-
-        errors = BoundErrors(
-            trained.model, images, num_timesteps=num_timesteps, batch_size=trained.batch_size,
-            precision=trained.precision, bar=counted,
-        )  # fmt: skip
-    values = {}
-    for variance in ("large", "small"):
-        for clip_x0 in (False, True):
-            found = asdict(errors.bits_per_dim(variance, clip_x0=clip_x0))
-            terms = found.pop("terms")
-            found["rate_by_timestep"] = [part.sum().item() for part in terms.tensor_split(_NUM_TERMS)]
-            values[f"{variance}, {'clipped' if clip_x0 else 'raw'}"] = found
-    return {"values": values, "identity": trained.identity | data.identity | {"split": "test"}}
-
-
-def measure_loss(trained: TrainedModel, data: Data, options: EvaluateConfig) -> dict:
-    """The squared error of eps on the test images, by timestep."""
-    images = data.test[: options.loss_images]
-    total, bins = denoising_loss(
-        trained.model, images, trained.device, precision=trained.precision, desc="held-out loss"
-    )
-    identity = trained.identity | data.identity | {"split": "test", "num_images": len(images)}
-    return {"values": {"total": total, "bins": bins}, "identity": identity}
-
-
-def obtain_samples(trained: TrainedModel, options: EvaluateConfig, folder: Path) -> tuple[Tensor, dict]:
-    """The samples to measure, and their identity: those of a file, or new ones, which are written to the folder."""
-    if options.samples is not None:
-        return read_samples(Path(options.samples))
-    path = folder / SAMPLES
-    if path.exists():
-        images, identity = read_samples(path)
-        if identity == trained.samples_identity and len(images) >= options.num_images:
-            return images[: options.num_images], identity
-    images = trained.draw(folder / f"{SAMPLES}.partial")
-    write_samples(images, trained.samples_identity, path)
-    save_grid(images[:64], folder / "samples.png")
-    return images, trained.samples_identity
-
-
-def load_extractor(name: str, options: EvaluateConfig, device: torch.device) -> Extractor:
-    """The network in whose features samples are compared.
+    Args:
+        trained: the model.
+        data: that it is measured on.
+        options: of `evaluate.py`.
+        folder: where samples and pictures go.
 
     Raises:
-        WeightsError, CheckpointError, FileNotFoundError: when its weights cannot be had.
+        ValueError: for samples or weights of an extractor that cannot be had; nothing was computed yet.
+        FileNotFoundError: likewise.
     """
-    if name == "fid":
-        return load_inception(options.inception_weights, device)
-    return load_own_encoder(options.encoder, device)
 
-
-def measure_samples(
-    trained: TrainedModel, data: Data, options: EvaluateConfig, folder: Path, extractor: Extractor
-) -> dict:
-    """Distances of samples from the training images; in the encoder's features also their nearest training images."""
-    samples, samples_identity = obtain_samples(trained, options, folder)
-    cache, batch_size = folder.parent / "features", 250 if extractor.name == "encoder" else 50
-    generated = extract_features(extractor, samples, batch_size=batch_size, desc="features (samples)")
-    train = extract_features(extractor, data.train, batch_size=batch_size, cache=cache, desc="features (train)")
-    record = measure_distances(generated, train)
-    record["identity"] |= {"samples": samples_identity} | data.identity
-    if extractor.name == "encoder":
-        test = extract_features(extractor, data.test, batch_size=batch_size, cache=cache, desc="features (test)")
-        nearest = nearest_neighbours(generated.values[:_SHOWN], train.values, _NEIGHBOURS)[1]
-        save_neighbours(samples[:_SHOWN], data.train, nearest, folder / "neighbours.png")
-        count = min(len(samples), len(data.test))
-        record["values"] |= {
-            "encoder/memorisation_ratio": memorisation_ratio(generated.values[:count], train.values, test.values),
-            "pixels/memorisation_ratio": memorisation_ratio(samples[:count], data.train, data.test),
+    def __init__(self, trained: TrainedModel, data: Data, options: EvaluateConfig, folder: Path):
+        self.trained, self.data, self.options, self.folder = trained, data, options, folder
+        self.samples, self.samples_identity = None, trained.samples_identity
+        if options.samples is not None:
+            self.samples, about = read_samples(Path(options.samples))
+            self.samples_identity = about | {"sha256": sha256_of(Path(options.samples))}
+        self.seconds_per_image = self._time(partial(trained.model.predict, timesteps=1), torch.randn)
+        plans = {
+            "bits_per_dim": self._plan_bits,
+            "heldout_loss": self._plan_loss,
+            "encoder": self._plan_encoder,
+            "fid": self._plan_fid,
         }
-    return record
+        self.measures: dict[str, Measure] = {name: plans[name]() for name in options.measures}
+
+    def _time(self, function: Callable[[Tensor], object], make: Callable[..., Tensor]) -> float:
+        """Seconds an image, measured with a batch."""
+        images = make(self.trained.batch_size, *SIZE, device=self.trained.device)
+        with torch.inference_mode(), autocast(self.trained.device, self.trained.precision):
+            for _ in range(2):  # the first one prepares
+                started = time.perf_counter()
+                function(images)[0].sum().item()
+        return (time.perf_counter() - started) / len(images)
+
+    # ---- bits per dimension
+
+    def _plan_bits(self) -> Measure:
+        last = self.trained.model.num_timesteps
+        columns = min(self.options.bits_timesteps or last - 1, last - 1)
+        images = self.data.test[: self.options.bits_images]
+        identity = self.trained.identity | self.data.identity
+        identity |= {"split": "test", "num_images": len(images), "num_timesteps": last, "timesteps_per_image": columns}
+        seconds = len(images) * (columns + 1) * self.seconds_per_image
+        return Measure(identity, seconds, lambda: self._take_bits(images, columns, identity))
+
+    def _take_bits(self, images: Tensor, columns: int, identity: dict) -> dict:
+        """Both variances, x_0 raw and clipped. Batches of images are parts, which a stopped process leaves behind."""
+        model, options = (
+            self.trained.model,
+            {"batch_size": self.trained.batch_size, "precision": self.trained.precision},
+        )
+        with progress_bar(total=len(images) * (columns + 1), desc="bits/dim", unit="evaluation") as bar:
+
+            def draw(start: int, count: int) -> Tensor:
+                bar.update(start * (columns + 1) - bar.n)
+
+                def counted(steps: list) -> list:
+                    for step in steps:
+                        yield step
+                        bar.update(count)
+
+                return measure_errors(
+                    model, images[start : start + count], first_image=start, timesteps_per_image=columns or None,
+                    bar=counted, **options,
+                )  # fmt: skip
+
+            parts = self.folder / "bits_per_dim.partial"
+            errors = draw_in_parts(
+                parts, identity, len(images), self.trained.batch_size, draw, replace=self.options.overwrite
+            )
+        values = {}
+        for variance in ("large", "small"):
+            for clip_x0 in (False, True):
+                found = asdict(summarise(model, errors, variance, clip_x0=clip_x0))
+                bounds, terms = found.pop("bounds").tolist(), found.pop("terms").tolist()
+                if math.isnan(found["standard_error"]):
+                    found["standard_error"] = None
+                found["rate_by_timestep"] = {
+                    f"{bounds[part[0]]}-{bounds[part[-1] + 1] - 1}": sum(terms[i] for i in part)
+                    for part in torch.arange(len(terms)).tensor_split(_NUM_TERMS)
+                    if len(part)
+                }
+                values[f"{variance}, {'clipped' if clip_x0 else 'raw'}"] = found
+        return {"values": values}
+
+    # ---- held-out loss
+
+    def _plan_loss(self) -> Measure:
+        images = self.data.test[: self.options.loss_images]
+        identity = self.trained.identity | self.data.identity | {"split": "test", "num_images": len(images)}
+        return Measure(identity, len(images) * self.seconds_per_image, lambda: self._take_loss(images))
+
+    def _take_loss(self, images: Tensor) -> dict:
+        trained = self.trained
+        total, bins = denoising_loss(
+            trained.model, images, trained.device, precision=trained.precision, desc="held-out loss"
+        )
+        return {"values": {"total": total, "bins": bins}}
+
+    # ---- distances of samples
+
+    def _plan_encoder(self) -> Measure:
+        return self._plan_samples(load_own_encoder(self.options.encoder, self.trained.device))
+
+    def _plan_fid(self) -> Measure:
+        return self._plan_samples(load_inception(self.options.inception_weights, self.trained.device))
+
+    def _plan_samples(self, extractor: Extractor) -> Measure:
+        if self.samples is None:
+            count = self.options.num_images
+            seconds = count * self.trained.num_steps * self.seconds_per_image
+        else:
+            count, seconds = len(self.samples), 0.0
+        identity = {"samples": self.samples_identity, "num_images": count, "extractor_sha256": extractor.sha256}
+        identity |= self.data.identity
+        # The training images' features are kept for the next time, then it is less.
+        grey = lambda *shape, device: torch.zeros(shape, dtype=torch.uint8, device=device)  # noqa: E731
+        seconds += (count + len(self.data.train)) * self._time(extractor.function, grey)
+        return Measure(identity, seconds, lambda: self._take_samples(extractor))
+
+    def _obtain_samples(self) -> Tensor:
+        """The samples of a file; or new ones, which are written to the folder, or those that it holds already."""
+        if self.samples is not None:
+            return self.samples
+        path, trained, count = self.folder / SAMPLES, self.trained, self.options.num_images
+        if path.exists():
+            images, identity = read_samples(path)
+            if identity == json.loads(json.dumps(self.samples_identity)) and len(images) >= count:
+                return images[:count]
+        parts = self.folder / f"{SAMPLES}.partial"
+        images = trained.draw(parts)
+        write_samples(images, self.samples_identity, path)
+        shutil.rmtree(parts)
+        save_grid(images[:64], self.folder / "samples.png")
+        return images
+
+    def _take_samples(self, extractor: Extractor) -> dict:
+        """Distances from the training images; in the encoder's features also the nearest of them."""
+        samples, data = self._obtain_samples(), self.data
+        extract = partial(extract_features, extractor, batch_size=250 if extractor.name == "encoder" else 50)
+        generated = extract(samples, desc="features (samples)")
+        train = extract(data.train, cache=data.cache, desc="features (train)")
+        record = measure_distances(generated, train)
+        if extractor.name == "encoder":
+            test = extract(data.test, cache=data.cache, desc="features (test)")
+            nearest = nearest_neighbours(generated.values[:_SHOWN], train.values, _NEIGHBOURS)[1]
+            save_neighbours(samples[:_SHOWN], data.train, nearest, self.folder / "neighbours.png")
+            count = min(len(samples), len(data.test))
+            record["identity"]["memorisation_num_images"] = count  # samples and test images
+            record["values"] |= {
+                "encoder/memorisation_ratio": memorisation_ratio(generated.values[:count], train.values, test.values),
+                "pixels/memorisation_ratio": memorisation_ratio(samples[:count], data.train, data.test),
+            }
+        return record
+
+
+def environment(trained: TrainedModel) -> dict:
+    """What the last bits of a number depend on."""
+    return {"device": trained.device.type, "threads": torch.get_num_threads(), "torch": version("torch")}

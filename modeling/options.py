@@ -34,12 +34,17 @@ class SampleConfig(Sampling):
     """All of `conf/sample.yaml`."""
 
     out: Text  # *.png: one picture; *.npz: all images in an array; else a folder with a PNG for each image
-    picture: Literal["grid", "path", "interpolation"]  # out=*.png: of the images; of how they come; between pairs
+    # out=*.png: grid of the images; path: how each comes; interpolation: rows between images 2k and 2k + 1
+    picture: Literal["grid", "path", "interpolation"]
 
     @model_validator(mode="after")
     def _fits_out(self) -> Self:
         if self.picture != "grid" and not self.out.endswith(".png"):
             raise ValueError(f"picture={self.picture} needs out=*.png, got {self.out}")
+        if self.picture != "grid" and self.num_images > 16:
+            raise ValueError(
+                f"picture={self.picture} has a row for each of at most 16 num_images, got {self.num_images}"
+            )
         return self
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -25,32 +26,45 @@ def _encode(identity: dict) -> bytes:
     return (json.dumps(identity, indent=2, sort_keys=True) + "\n").encode()
 
 
-def draw_in_parts(folder: Path, identity: dict, num_images: int, batch_size: int, draw: Callable) -> Tensor:
-    """Draws numbered images batch by batch, each written to the folder; goes on after those that are there.
+def draw_in_parts(
+    folder: Path, identity: dict, num_images: int, batch_size: int, draw: Callable, *, replace: bool = False
+) -> Tensor:
+    """Makes numbered rows, such as images, batch by batch, each written to the folder; goes on after those there are.
 
     Args:
         folder: of the parts; made if missing.
-        identity: everything that the images depend on, as plain values; written beside them.
-        draw: called with (first image's number, how many), returns (B, C, H, W) uint8.
+        identity: everything that the rows depend on, as plain values; written beside them.
+        draw: called with (first number, how many), returns (B, ...).
+        replace: deletes parts of another identity instead of refusing.
 
     Returns:
-        (num_images, C, H, W) uint8.
+        (num_images, ...).
 
     Raises:
-        ValueError: when the folder's parts are of another identity.
+        ValueError: when the folder's parts are of another identity, damaged, or one is missing.
         LockedError: when another process is at work there.
     """
     with locked(folder / "lock"):
+        parts, start = [], 0
         try:
+            if not (folder / _IDENTITY).exists():
+                write_atomically(folder / _IDENTITY, _encode(identity))
             found = json.loads((folder / _IDENTITY).read_text())
-        except FileNotFoundError:
-            found = identity
+            for path in sorted(folder.glob("*.npy")):
+                if int(path.stem) != start:
+                    raise ValueError(f"part {start:09d}.npy is missing")
+                parts.append(np.load(path, allow_pickle=False))
+                start += len(parts[-1])
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{folder} is damaged ({error}): delete it, and its parts are made again") from error
+        if found != json.loads(_encode(identity)) and replace:
+            for path in folder.glob("*.npy"):
+                path.unlink()
             write_atomically(folder / _IDENTITY, _encode(identity))
-        if found != json.loads(_encode(identity)):
+            parts, start = [], 0
+        elif found != json.loads(_encode(identity)):
             changed = ", ".join(key for key in identity | found if identity.get(key) != found.get(key))
-            raise ValueError(f"{folder} holds part of other samples ({changed} differ): delete it, or go on with it")
-        parts = [np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npy"))]
-        start = sum(len(part) for part in parts)
+            raise ValueError(f"{folder} holds parts of something else ({changed} differ): delete it, or go on with it")
         while start < num_images:
             parts.append(draw(start, min(batch_size, num_images - start)).cpu().numpy())
             write_atomically(folder / f"{start:09d}.npy", _npy(parts[-1]))
@@ -68,6 +82,7 @@ def draw_samples(
     *,
     batch_size: int,
     num_steps: int,
+    replace: bool = False,
     **options,
 ) -> Tensor:
     """Images 0..num_images - 1 by `samplers.sample_images`, in parts as `draw_in_parts`, with a progress bar.
@@ -94,7 +109,7 @@ def draw_samples(
                 )
             )
 
-        return draw_in_parts(folder, identity, num_images, batch_size, draw)
+        return draw_in_parts(folder, identity, num_images, batch_size, draw, replace=replace)
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -133,11 +148,11 @@ def read_samples(path: Path) -> tuple[Tensor, dict]:
         ValueError: for a file that holds no such array.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            images = torch.from_numpy(file["arr_0"])
-            identity = json.loads(str(file["identity"])) if "identity" in file else {}
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no .npz with an array arr_0: {error}") from error
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            images = torch.from_numpy(archive["arr_0"])
+            identity = json.loads(str(archive["identity"])) if "identity" in archive else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no .npz with an array arr_0, or damaged: {error}") from error
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"{path}: expected uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
     return images.permute(0, 3, 1, 2).contiguous(), identity

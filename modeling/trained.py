@@ -65,7 +65,7 @@ class TrainedModel:
         """The images that the options ask for, (N, 3, H, W) uint8, through parts in `folder` (see `draw_in_parts`)."""
         return draw_samples(
             self.model, self.options.num_images, SIZE, self.device, folder, self.samples_identity,
-            batch_size=self.batch_size, precision=self.precision, **self.sampler,
+            batch_size=self.batch_size, precision=self.precision, replace=self.options.overwrite, **self.sampler,
         )  # fmt: skip
 
 
@@ -77,10 +77,13 @@ def load_trained(options: Sampling) -> tuple[TrainedModel, Config]:
         FileNotFoundError: for a missing one.
         ValueError: for weights that do not fit their configuration, or options that do not fit machine or model.
     """
-    stored, weights = load_weights(options.checkpoint, options.weights)
-    config = parse(stored, Config)
     path = Path(options.checkpoint)
-    identity = {"checkpoint": path.name, "checkpoint_sha256": sha256_of(path), "weights": options.weights}
+    digest = sha256_of(path) if path.is_file() else None
+    stored, weights = load_weights(path, options.weights)
+    if sha256_of(path) != digest:
+        raise ConfigError(f"checkpoint={path}: was replaced while it was read, by a run that is at work: try again")
+    config = parse(stored, Config)
+    identity = {"checkpoint": path.name, "checkpoint_sha256": digest, "weights": options.weights}
     return TrainedModel(options, build.build_trained_model(config, weights), identity), config
 
 

@@ -12,9 +12,10 @@ import evaluate
 import main
 from modeling.data import load_images
 from modeling.encoder import Encoder, save_encoder
-from modeling.evaluation import bits_per_dim
+from modeling.evaluation import bits_per_dim, measure_errors
 from modeling.files import sha256_of
 from modeling.heldout import denoising_loss
+from modeling.samplers import sample_images
 from modeling.trained import load_trained
 
 pytestmark = pytest.mark.slow
@@ -57,16 +58,18 @@ def test_every_measure_is_what_the_library_computes_and_says_of_what(run, measur
     folder = Path(config.dataset.root) / "shapes"
     test = load_images(folder, "test", json.loads((folder / "manifest.json").read_text()))
 
-    assert record["identity"]["checkpoint_sha256"] == sha256_of(run / "checkpoints" / "last.pt")
-    assert record["identity"]["test_sha256"] == sha256_of(folder / "test.npy")
+    for name in ("bits_per_dim", "heldout_loss"):
+        assert record[name]["identity"]["checkpoint_sha256"] == sha256_of(run / "checkpoints" / "last.pt")
+        assert record[name]["identity"]["test_sha256"] == sha256_of(folder / "test.npy")
     for variance in ("large", "small"):
         for kind, clip_x0 in (("raw", False), ("clipped", True)):
             found = record["bits_per_dim"]["values"][f"{variance}, {kind}"]
             expected = bits_per_dim(trained.model, test[:8], variance, clip_x0=clip_x0)
             assert found["total"] == pytest.approx(expected.total, rel=1e-5)
             assert found["num_images"] == 8
-            assert found["num_timesteps"] == 19
-            assert sum(found["rate_by_timestep"]) + found["prior"] == pytest.approx(found["rate"])
+            assert (found["num_timesteps"], found["timesteps_per_image"]) == (20, 19)
+            assert sum(found["rate_by_timestep"].values()) + found["prior"] == pytest.approx(found["rate"])
+            assert list(found["rate_by_timestep"])[-1] == "20-20"
     assert record["heldout_loss"]["values"]["total"] == pytest.approx(
         denoising_loss(trained.model, test[:20], "cpu")[0]
     )
@@ -77,8 +80,9 @@ def test_every_measure_is_what_the_library_computes_and_says_of_what(run, measur
     assert identity["num_images"] == 12
     assert identity["samples"] | {"num_steps": 4, "sampler": "ancestral", "variance": "small"} == identity["samples"]
     assert not [name for name in values if "fid" in name]
-    for line in ("bits_per_dim  160 evaluations", "heldout_loss  20 evaluations", "samples       48 evaluations"):
-        assert line in printed
+    assert identity["memorisation_num_images"] == 12
+    for name in record:
+        assert f"{name:14s}about 0." in printed
     with Image.open("evaluation/neighbours.png") as picture:
         assert picture.size == (34 * 6 + 2, 34 * 10 + 2)
 
@@ -88,33 +92,96 @@ def test_the_same_command_again_measures_nothing_and_another_one_is_refused(meas
     record = Path("evaluation/evaluation.json")
     written = record.stat().st_mtime_ns
     capsys.readouterr()
-    assert measure() == first
+    assert measure("batch_size=5") == first  # on which nothing depends
     assert record.stat().st_mtime_ns == written
-    assert "bits_per_dim" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds another evaluation"):
+    printed = capsys.readouterr().out
+    assert "bits_per_dim  large, raw" in printed
+    assert "about" not in printed
+    with pytest.raises(SystemExit, match="holds heldout_loss of another model or with other options"):
         measure("loss_images=10")
-    assert measure("loss_images=10", "overwrite=true")["heldout_loss"]["identity"]["num_images"] == 10
+    with pytest.raises(SystemExit, match="holds bits_per_dim, heldout_loss, encoder of another model"):
+        measure("weights=raw")
+    second = measure("measures=[heldout_loss]", "loss_images=10", "overwrite=true")
+    assert second.pop("heldout_loss")["identity"]["num_images"] == 10
+    assert second == {name: first[name] for name in ("bits_per_dim", "encoder")}  # kept
 
 
-def test_a_stopped_evaluation_keeps_what_it_has(measure, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("modeling.measures.measure_distances", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_files_that_changed_under_their_names_are_noticed(measure, encoder):
+    def samples(seed):
+        images = np.random.default_rng(seed).integers(0, 256, (15, 32, 32, 3), dtype=np.uint8)
+        np.savez("theirs.npz", arr_0=images)
+        return measure("measures=[encoder]", "samples=theirs.npz")
+
+    first = samples(0)
+    assert samples(0) == first
+    with pytest.raises(SystemExit, match="holds encoder of another model"):
+        samples(1)
+
+
+class Ended(Exception):
+    """A process is killed here."""
+
+
+def ended_after(function, count: int):
+    calls = iter(range(count))
+
+    def call(*args, **options):
+        if next(calls, None) is None:
+            raise Ended
+        return function(*args, **options)
+
+    return call
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(measure, monkeypatch):
+    whole = measure("out=whole")
+    counts = {"errors": 0, "images": 0}
+
+    def counted(name, function):
+        def call(*args, **options):
+            counts[name] += 1
+            return function(*args, **options)
+
+        return call
+
+    for name, place, function in (
+        ("errors", "modeling.measures.measure_errors", measure_errors),
+        ("images", "modeling.sampling.sample_images", sample_images),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Ended):
+            patch.setattr(place, ended_after(function, 2))
+            measure("batch_size=3")
+        monkeypatch.setattr(place, counted(name, function))
+    resumed = measure("batch_size=3")
+    assert counts == {"errors": 1, "images": 2}  # of 3 and of 4 batches
+    for name, record in whole.items():
+        assert record["identity"] == resumed[name]["identity"]
+    found, expected = (record["bits_per_dim"]["values"]["large, raw"]["total"] for record in (resumed, whole))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert not list(Path("evaluation").glob("*.partial"))
+
+
+def test_parts_of_another_evaluation_are_given_up_with_overwrite_only(measure, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        patch.setattr("modeling.measures.measure_errors", ended_after(measure_errors, 1))
+        measure("batch_size=3")
+    with pytest.raises(SystemExit, match=r"holds parts of something else \(num_images differ\)"):
+        measure("batch_size=3", "bits_images=7")
+    assert measure("batch_size=3", "bits_images=7", "overwrite=true")["bits_per_dim"]["identity"]["num_images"] == 7
+
+
+def test_a_damaged_record_is_named(measure):
+    Path("evaluation").mkdir()
+    Path("evaluation/evaluation.json").write_text('{"bits')
+    with pytest.raises(SystemExit, match=r"evaluation/evaluation\.json is damaged"):
         measure()
-    record = json.loads(Path("evaluation/evaluation.json").read_text())
-    assert "heldout_loss" in record
-    assert "encoder" not in record
-    with monkeypatch.context() as patch:
-        for name in ("denoising_loss", "BoundErrors"):
-            patch.setattr(f"modeling.measures.{name}", lambda *args, **options: pytest.fail("measured again"))
-        patch.setattr("modeling.trained.draw_samples", lambda *args, **options: pytest.fail("sampled again"))
-        assert measure()["heldout_loss"] == record["heldout_loss"]
 
 
 def test_raw_and_averaged_weights_are_two_models(measure):
     measures = "measures=[heldout_loss]"
     ema, raw = measure(measures, "out=ema"), measure(measures, "weights=raw", "out=raw")
     assert ema["heldout_loss"]["values"] != raw["heldout_loss"]["values"]
-    assert raw["identity"]["weights"] == "raw"
+    assert raw["heldout_loss"]["identity"]["weights"] == "raw"
 
 
 def test_samples_of_a_file_are_measured_in_the_place_of_new_ones(measure, tmp_path):
@@ -135,7 +202,8 @@ def test_the_linear_denoiser_needs_no_checkpoint(tiny_data, compose_config, monk
         evaluate.main(values)
         record = json.loads(Path(f"{name}/evaluation.json").read_text())
         losses[name] = record["heldout_loss"]["values"]["total"]
-        assert record["identity"]["checkpoint"] == name
+        assert record["heldout_loss"]["identity"]["checkpoint"] == name
+    assert losses["linear"] != losses["gaussian"]
     assert losses["gaussian"] < 1
 
 

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from modeling.diffusion import DiffusionModel
-from modeling.evaluation import BoundErrors, bits_per_dim, discretized_log_likelihood
+from modeling.evaluation import bits_per_dim, discretized_log_likelihood, measure_errors, summarise
 from modeling.images import to_model_range
 from modeling.linear_denoiser import LinearDenoiser, fit_linear_denoiser
 from modeling.schedules import cosine_betas
@@ -69,17 +70,43 @@ def test_every_term_is_the_formula_of_its_mean_squared_error(variance):
     assert found.total == pytest.approx(found.rate + found.distortion, rel=1e-12)
 
 
-def test_the_decoder_has_the_posterior_variance_of_the_second_timestep_in_both():
-    exact = DiffusionModel(LinearDenoiser(torch.tensor(0.0), torch.tensor(1.0), torch.ones(1)), BETAS, T)
-    bound = BoundErrors(gaussian_oracle(0.5), images(), num_timesteps=1)
-    large, small = bound.bits_per_dim("large"), bound.bits_per_dim("small")
-    assert large.distortion == small.distortion
-    assert exact.posterior_variance(2) == pytest.approx(5.45319e-5, rel=1e-5)
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_the_decoder_has_the_posterior_variance_of_the_second_timestep_in_both(variance):
+    """L_0 written out in NumPy: sigma_1^2 = btilde_2."""
+    num_timesteps, betas = 7, (1e-4, 2e-4)
+    abar = numpy_tables(betas, num_timesteps)[2]
+    model = DiffusionModel(Lambda(lambda x, t: 0.9 * x), betas, num_timesteps)
+    batch = images()
+    x_0 = to_model_range(batch).double().numpy()
+    x_1 = np.sqrt(abar[1]) * x_0
+    x_1 += np.sqrt(1 - abar[1]) * draw_normal(0, Purpose.EVALUATION, 0, torch.arange(12), (3, 4, 4)).double().numpy()
+    mean = (x_1 - np.sqrt(1 - abar[1]) * 0.9 * x_1) / np.sqrt(abar[1])
+    std = np.sqrt((1 - abar[1]) / (1 - abar[2]) * betas[0] * (1 + 1 / 6))
+    ndtr = np.vectorize(lambda z: 0.5 * math.erfc(-z / 2**0.5))
+    upper = np.where(x_0 > 0.999, 1, ndtr((x_0 + 1 / 255 - mean) / std))
+    lower = np.where(x_0 < -0.999, 0, ndtr((x_0 - 1 / 255 - mean) / std))
+    expected = -np.log2(upper - lower).mean()
+    assert bits_per_dim(model, batch, variance).distortion == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_may_be_measured_in_parts():
+    model = gaussian_oracle(0.5, (0.01, 0.3), 20)
+    whole = measure_errors(model, images(), timesteps_per_image=6)
+    parts = [measure_errors(model, images()[i : i + 5], timesteps_per_image=6, first_image=i) for i in (0, 5, 10)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_dropout_is_off_while_measuring(device):
+    net = nn.Sequential(nn.Dropout(0.5))
+    model = DiffusionModel(Lambda(lambda x, t: net(x)), (0.01, 0.3), 20).to(device)
+    model.eps_model.net = net
+    assert torch.equal(measure_errors(model, images()), measure_errors(model, images()))
+    assert net.training
 
 
 def test_the_prior_term_of_the_papers_schedule_is_about_a_hundred_thousandth():
     """Section 4: L_T is about 1e-5 bits per dimension."""
-    assert 1e-6 < BoundErrors(gaussian_oracle(0.5), images(), num_timesteps=1).bits_per_dim().prior < 4e-5
+    assert 1e-6 < bits_per_dim(gaussian_oracle(0.5), images(), timesteps_per_image=1).prior < 4e-5
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
@@ -112,11 +139,11 @@ def test_gaussian_images_are_coded_in_little_more_than_their_entropy():
 def test_stratified_timesteps_estimate_the_whole_sum_within_their_standard_error():
     batch = images(40)
     model = gaussian_oracle(0.5)
-    whole = BoundErrors(model, batch).bits_per_dim("large")
-    part = BoundErrors(model, batch, num_timesteps=50).bits_per_dim("large")
+    whole, part = bits_per_dim(model, batch), bits_per_dim(model, batch, timesteps_per_image=50)
     assert part.total != whole.total
     assert part.total == pytest.approx(whole.total, abs=4 * part.standard_error)
     assert part.terms.shape == (50,)
+    assert part.bounds[[0, -1]].tolist() == [2, 1001]
 
 
 def test_batch_size_changes_rounding_only_and_the_mode_is_restored(device):
@@ -129,8 +156,8 @@ def test_batch_size_changes_rounding_only_and_the_mode_is_restored(device):
 
 def test_clipping_helps_a_network_that_leaves_the_range():
     wild = DiffusionModel(Lambda(lambda x, t: -2 * x), (0.01, 0.3), 20)
-    bound = BoundErrors(wild, images())
-    assert bound.bits_per_dim(clip_x0=True).total < bound.bits_per_dim(clip_x0=False).total
+    errors = measure_errors(wild, images())
+    assert summarise(wild, errors, clip_x0=True).total < summarise(wild, errors, clip_x0=False).total
 
 
 def test_all_predictions_of_the_same_knowledge_have_the_same_bound():
@@ -146,7 +173,7 @@ def test_all_predictions_of_the_same_knowledge_have_the_same_bound():
 
         return DiffusionModel(Lambda(output), BETAS, T, prediction=prediction)
 
-    values = [bits_per_dim(turned(name), images(), num_timesteps=40).total for name in ("eps", "x_0", "v")]
+    values = [bits_per_dim(turned(name), images(), timesteps_per_image=40).total for name in ("eps", "x_0", "v")]
     assert values == pytest.approx([values[0]] * 3, rel=1e-4)
 
 
@@ -155,7 +182,7 @@ def test_a_process_of_one_or_two_timesteps_has_a_bound():
         model = DiffusionModel(Lambda(lambda x, t: 0 * x), (0.1, 0.5), num_timesteps)
         found = bits_per_dim(model, images())
         assert math.isfinite(found.total)
-        assert found.num_timesteps == columns
+        assert (found.num_timesteps, found.timesteps_per_image) == (num_timesteps, columns)
 
 
 def test_the_cosine_schedule_can_be_measured():
@@ -167,8 +194,8 @@ def test_the_cosine_schedule_can_be_measured():
     ("options", "message"),
     [
         ({"variance": "medium"}, "variance must be one of"),
-        ({"num_timesteps": 0}, r"must lie in 1\.\.999 \(T - 1\), got 0"),
-        ({"num_timesteps": 1000}, r"got 1000"),
+        ({"timesteps_per_image": 0}, r"must lie in 1\.\.999 \(T - 1\), got 0"),
+        ({"timesteps_per_image": 1000}, r"got 1000"),
         ({"images": torch.zeros(1, 3, 4, 4)}, "must be uint8"),
     ],
 )

@@ -30,6 +30,7 @@ from modeling.features import (
     load_inception,
     load_own_encoder,
     measure_distances,
+    name_values,
 )
 from modeling.files import sha256_of
 from modeling.images import to_model_range
@@ -134,21 +135,31 @@ def test_the_kernel_distance_of_points_is_the_closed_form():
 def test_the_inception_score_of_images_that_are_all_alike_is_one():
     alike = as_features(torch.randn(20, 3), "inception-2015", logits=torch.randn(7).expand(20, 7))
     values = measure_distances(alike, as_features(torch.randn(20, 3), "inception-2015"))["values"]
-    assert values["inception_score"] == pytest.approx(1)
+    assert values["inception-2015/inception_score"] == pytest.approx(1)
+
+
+NAMES = ["frechet_distance", "kernel_distance", "kernel_distance_std", "precision", "recall", "inception_score"]
 
 
 @pytest.mark.parametrize(
-    ("extractor", "names"),
+    ("extractor", "counts", "names"),
     [
-        ("inception-2015", {"fid", "kid", "kid_std", "precision", "recall", "inception_score", "inception_score_std"}),
-        ("inception", {"inception/frechet_distance", "inception/kernel_distance", "inception/kernel_distance_std",
-                       "inception/precision", "inception/recall", "inception/inception_score",
-                       "inception/inception_score_std"}),
+        ("inception-2015", (50_000, 50_000), ["fid", "kid", "kid_std", "precision", "recall", "inception_score"]),
+        ("inception-2015", (5_000, 50_000), [f"inception-2015/{name}" for name in NAMES]),
+        ("inception-2015", (50_000, 10_000), [f"inception-2015/{name}" for name in NAMES]),
+        ("inception", (50_000, 50_000), [f"inception/{name}" for name in NAMES]),
+        ("encoder", (50_000, 50_000), [f"encoder/{name}" for name in NAMES]),
     ],
-)  # fmt: skip
-def test_only_with_the_official_weights_is_it_called_fid(extractor, names):
-    generated = as_features(torch.randn(20, 3), extractor, logits=torch.randn(20, 7))
-    assert set(measure_distances(generated, as_features(torch.randn(20, 3), extractor))["values"]) == names
+)
+def test_only_50000_images_with_the_official_weights_have_a_fid(extractor, counts, names):
+    assert list(name_values(dict.fromkeys(NAMES, 1.0), extractor, *counts)) == names
+
+
+def test_without_logits_there_is_no_inception_score():
+    features, logits = as_features(torch.randn(20, 3), "inception"), torch.randn(20, 7)
+    assert "inception/inception_score" not in measure_distances(features, features)["values"]
+    generated = as_features(torch.randn(20, 3), "inception", logits=logits)
+    assert "inception/inception_score" in measure_distances(generated, features)["values"]
 
 
 def test_features_of_two_extractors_are_not_compared():

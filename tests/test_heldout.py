@@ -21,14 +21,22 @@ def test_bins_cover_all_timesteps_and_average_to_the_total(device):
     assert total == pytest.approx(1, abs=0.05)  # no prediction: the variance of the noise
 
 
-def test_it_does_not_depend_on_batch_size_mode_or_torchs_generator():
+def test_it_does_not_depend_on_batch_size_or_torchs_generator():
     function = lambda x, t: x * t[:, None, None, None]  # noqa: E731
     torch.manual_seed(1)
     whole, _ = denoising_loss(model(function), IMAGES, "cpu")
     torch.manual_seed(2)
-    parts, _ = denoising_loss(model(function).eval(), IMAGES, "cpu", batch_size=7)
+    parts, _ = denoising_loss(model(function), IMAGES, "cpu", batch_size=7)
     assert parts == pytest.approx(whole, rel=1e-6)
     assert denoising_loss(model(function), IMAGES, "cpu")[0] == whole
+
+
+def test_dropout_is_off():
+    net = torch.nn.Dropout(0.5)
+    measured = model(lambda x, t: net(x))
+    measured.eps_model.net = net
+    assert denoising_loss(measured, IMAGES, "cpu")[0] == denoising_loss(measured, IMAGES, "cpu")[0]
+    assert net.training
 
 
 def test_a_network_that_knows_the_image_has_no_loss():

@@ -59,8 +59,25 @@ def test_a_stopped_process_leaves_its_parts_to_the_next(tmp_path):
 
 def test_parts_of_other_samples_are_refused(tmp_path):
     draw(tmp_path, identity={"seed": 1, "sampler": "ddim"})
-    with pytest.raises(ValueError, match=r"holds part of other samples \(seed, eta differ\)"):
-        draw(tmp_path, identity={"seed": 2, "sampler": "ddim", "eta": 0.5})
+    other = {"seed": 2, "sampler": "ddim", "eta": 0.5}
+    with pytest.raises(ValueError, match=r"holds parts of something else \(seed, eta differ\)"):
+        draw(tmp_path, identity=other)
+    ones = draw_in_parts(tmp_path, other, 7, 3, lambda start, count: torch.ones(count, 1), replace=True)
+    assert ones.tolist() == [[1.0]] * 7
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut off", "identity"])
+def test_damaged_parts_are_noticed(tmp_path, harm):
+    draw(tmp_path)
+    part = tmp_path / "000000003.npy"
+    if harm == "missing":
+        part.unlink()
+    elif harm == "cut off":
+        part.write_bytes(part.read_bytes()[:-5])
+    else:
+        (tmp_path / "identity.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged .*: delete it"):
+        draw(tmp_path)
 
 
 def test_an_npz_holds_images_and_identity_in_the_usual_layout(tmp_path):
@@ -85,13 +102,16 @@ def test_a_folder_holds_a_png_for_each_image_and_the_identity(tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 2  # nothing is left of the larger set
 
 
-@pytest.mark.parametrize("content", [b"no archive", None])
-def test_other_files_are_no_samples(tmp_path, content):
+@pytest.mark.parametrize("kind", ["text", "floats", "cut off", "empty", "npy"])
+def test_other_files_are_no_samples(tmp_path, kind):
     path = tmp_path / "x.npz"
-    if content is None:
-        np.savez(path, arr_0=np.zeros((2, 4, 4, 3)))
+    if kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
     else:
-        path.write_bytes(content)
+        np.savez(path, arr_0=np.zeros((2, 4, 4, 3)))
+        content = {"text": b"no archive", "cut off": path.read_bytes()[:200], "empty": b""}
+        path.write_bytes(content.get(kind, path.read_bytes()))
     with pytest.raises(ValueError, match=r"x\.npz"):
         read_samples(path)
 
