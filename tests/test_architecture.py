@@ -60,7 +60,7 @@ ALLOWED = {
         "sampling", "schedules",
     },
     "measures": {
-        "config", "data", "evaluation", "features", "heldout", "images", "neighbours", "options", "progress",
+        "config", "data", "evaluation", "features", "files", "heldout", "images", "neighbours", "options", "progress",
         "runtime", "sampling", "trained",
     },
     "run_folder": {"checkpoint", "files", "stage"},
