@@ -119,6 +119,7 @@ def test_the_scatter_of_an_image_is_found_whatever_the_trend_and_the_lengths_of_
     assert np.mean(image_scatter(lines)) == pytest.approx(0.3, rel=0.05)
 
 
+@pytest.mark.long
 def test_another_seeds_noise_stays_on_track(write_run):
     on_track, inside = 0, []
     for draw in range(100):
@@ -448,6 +449,7 @@ def test_the_plot_shows_run_reference_and_where_it_leaves_the_band(write_run, co
     assert {(31, 119, 180), (255, 127, 14), (214, 39, 40)} <= pixels  # reference, run, where it leaves the band
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_real_run_becomes_a_reference_and_is_on_track(tiny, command, tmp_path):
     from modeling.stage import read_manifest

@@ -1,5 +1,6 @@
 """The schema: what is refused, in which words; and what a run's name depends on."""
 
+import itertools
 import shlex
 from pathlib import Path
 
@@ -70,11 +71,16 @@ def test_every_alternative_is_valid_alone(compose_config, group):
     parse(compose_config(f"{name}={option}", *REQUIRED.get(group, [])))
 
 
-@pytest.mark.parametrize("model", ["unet", "ddpm", "ddpm_paper", "ddpm_small"])
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize("experiment", ["demo", "assignment", "full"])
-@pytest.mark.parametrize("dataset", ["cifar10", "shapes", "folder"])
-def test_alternatives_combine_freely(compose_config, model, optimizer, experiment, dataset):
+def combinations() -> list[tuple[str, ...]]:
+    """Every experiment with every model, and with these the other groups in turn."""
+    others = itertools.cycle(itertools.product(["adam", "adamw", "sgd"], ["cifar10", "shapes", "folder"]))
+    experiments, models = ["demo", "assignment", "full", "paper"], ["unet", "ddpm", "ddpm_paper", "ddpm_small"]
+    pairs = itertools.product(experiments, models)
+    return [(experiment, model, *next(others)) for experiment, model in pairs]
+
+
+@pytest.mark.parametrize(("experiment", "model", "optimizer", "dataset"), combinations())
+def test_alternatives_combine_freely(compose_config, experiment, model, optimizer, dataset):
     choices = f"model={model}", f"optimizer={optimizer}", f"experiment={experiment}", f"dataset={dataset}"
     config = parse(compose_config(*choices, *REQUIRED.get(f"dataset/{dataset}", [])))
     assert (config.model.name, config.optimizer.name, config.dataset.name) == (

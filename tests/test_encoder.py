@@ -200,10 +200,10 @@ def test_the_hash_of_images_is_of_their_bytes_and_shape():
 
 
 def test_each_control_is_what_it_is_called():
-    train, test = random_images(80, 3, 32, 32, seed=1), random_images(30, 3, 32, 32, seed=2)
+    train, test = random_images(80, 3, 8, 8, seed=1), random_images(30, 3, 8, 8, seed=2)
     reference, controls = control_images(train, test)
     assert list(controls) == ["train halves", "train / test", "noise", "blur", "Gaussian", "uniform"]
-    assert all(images.shape == (30, 3, 32, 32) and images.dtype == torch.uint8 for images in controls.values())
+    assert all(images.shape == (30, 3, 8, 8) and images.dtype == torch.uint8 for images in controls.values())
     assert torch.equal(reference, train[:30])
     assert torch.equal(controls["train halves"], train[30:60])
     assert torch.equal(controls["train / test"], test)
@@ -214,10 +214,10 @@ def test_each_control_is_what_it_is_called():
 
 
 def test_on_grey_images_blur_does_nothing_and_noise_has_its_standard_deviation():
-    grey = torch.full((100, 3, 32, 32), 128, dtype=torch.uint8)
-    controls = control_images(grey, grey, 50)[1]
-    assert torch.equal(controls["blur"], grey[:50])
-    assert torch.equal(controls["Gaussian"], grey[:50])  # no pixel varies
+    grey = torch.full((1000, 3, 8, 8), 128, dtype=torch.uint8)
+    controls = control_images(grey, grey, 500)[1]
+    assert torch.equal(controls["blur"], grey[:500])
+    assert torch.equal(controls["Gaussian"], grey[:500])  # no pixel varies
     difference = controls["noise"].double() - 128
     assert difference.std().item() == pytest.approx(math.sqrt(15**2 + 1 / 12), rel=0.01)  # 1/12 by rounding
     assert difference.mean().item() == pytest.approx(0, abs=0.1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import evaluate
@@ -17,6 +18,7 @@ from modeling.files import sha256_of
 from modeling.heldout import denoising_loss
 from modeling.samplers import sample_images
 from modeling.trained import load_trained
+from tests.conftest import ROOT, TINY
 
 pytestmark = pytest.mark.slow
 
@@ -29,19 +31,22 @@ def encoder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def run(tiny) -> Path:
-    """A finished run in the working folder."""
-    main.main(tiny("runtime.output_dir=run"))
-    return Path("run")
+@pytest.fixture(scope="module")
+def run(tiny_data, tmp_path_factory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        main.main(compose("config", [*TINY, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}"]))
+    return folder
 
 
 @pytest.fixture
-def measure(run, encoder, compose_config):
-    """evaluate.py on that run: the record."""
+def measure(run, encoder, compose_config, monkeypatch, tmp_path):
+    """evaluate.py on that run, in a fresh working folder: the record."""
+    monkeypatch.chdir(tmp_path)
 
     def measure_with(*overrides: str) -> dict:
-        options = ["checkpoint=run/checkpoints/last.pt", f"encoder={encoder}", "num_images=12", "num_steps=4"]
+        options = [f"checkpoint={run}/checkpoints/last.pt", f"encoder={encoder}", "num_images=12", "num_steps=4"]
         options += ["bits_images=8", "bits_timesteps=null", "loss_images=20", "device=cpu", "precision=fp32"]
         values = compose_config(*options, *overrides, name="evaluate")
         evaluate.main(values)
@@ -53,7 +58,7 @@ def measure(run, encoder, compose_config):
 def test_every_measure_is_what_the_library_computes_and_says_of_what(run, measure, encoder, compose_config, capsys):
     record = measure()
     printed = capsys.readouterr().out
-    options = compose_config("checkpoint=run/checkpoints/last.pt", "precision=fp32", "num_steps=4", name="evaluate")
+    options = compose_config(f"checkpoint={run}/checkpoints/last.pt", "precision=fp32", "num_steps=4", name="evaluate")
     trained, config = load_trained(evaluate.parse(options, evaluate.EvaluateConfig))
     folder = Path(config.dataset.root) / "shapes"
     test = load_images(folder, "test", json.loads((folder / "manifest.json").read_text()))

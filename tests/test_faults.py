@@ -302,6 +302,7 @@ def test_a_time_limit_ends_with_zero_until_the_run_is_finished(tmp_path, tiny_da
     record_property("outcome", f"{num_jobs} jobs of 8 s, all ended with 0; result equal to the uninterrupted one")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("two runs in one folder")
 def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_taken_over(tmp_path, tiny_data, record_property):
@@ -408,6 +409,7 @@ def test_a_disk_that_fails_under_any_file_ends_the_run_and_loses_nothing(tiny, m
     assert Path("run/metrics.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("disk")
 def test_a_metrics_line_that_cannot_be_written_ends_the_run_and_is_repaired(tiny, monkeypatch):

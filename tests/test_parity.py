@@ -80,14 +80,11 @@ def train(images, network, seed, precision="fp32", is_placed=False, is_compiled=
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["ddpm", pytest.param("unet", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("network", ["ddpm", "unet"])
 @pytest.mark.parametrize(
     ("precision", "is_compiled"),
-    [
-        pytest.param("fp32", False, marks=pytest.mark.long),
-        ("bf16", False),
-        pytest.param("bf16", True, marks=[pytest.mark.long, needs_compiler]),
-    ],
+    [("fp32", False), ("bf16", False), pytest.param("bf16", True, marks=needs_compiler)],
 )
 def test_the_fast_way_trains_as_the_plain_one(images, plain, network, precision, is_compiled):
     loss, held_out = train(images, network, 0, precision, is_placed=True, is_compiled=is_compiled)

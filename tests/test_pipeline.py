@@ -202,6 +202,7 @@ def recorded(repository: Path) -> dict:
     return {"lr": (lock["optimizer"]["lr"], trained["optimizer"]["lr"]), "lock": lock, "trained": trained}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_experiments_train_with_the_values_they_record(repository):
     command("dvc", "exp", "run", "-q", "-S", "optimizer.lr=0.003", "-S", "train.batch_size=8", cwd=repository)

@@ -329,6 +329,7 @@ prepare_cifar10(Path(sys.argv[1]), Path(sys.argv[2]), [sys.argv[3]])
 """
 
 
+@pytest.mark.long
 @pytest.mark.fault("hostile archive")
 def test_two_downloads_at_once_make_one_valid_copy(tmp_path, archive, server):
     target = tmp_path / "downloads" / "cifar.tar.gz"
@@ -342,6 +343,7 @@ def test_two_downloads_at_once_make_one_valid_copy(tmp_path, archive, server):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["before the old one goes", "between the two renamings", "after"])
 @pytest.mark.fault("SIGKILL")
 def test_what_a_killed_preparation_left_is_cleared_away(tmp_path, monkeypatch, moment):

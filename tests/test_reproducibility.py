@@ -252,6 +252,7 @@ def test_a_signal_in_any_phase_saves_and_ends_and_the_same_command_goes_on(tiny,
     assert equal(train(tiny(), "stopped"), straight)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["writing a grid", "evaluation"])
 @pytest.mark.fault("time limit")
@@ -278,6 +279,7 @@ def test_a_recorded_stage_that_runs_out_of_time_is_no_success(tiny, monkeypatch)
 # ---- runtime.resume
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("another run's state")
 def test_never_starts_from_zero_and_overwrites_nothing(tiny, straight, monkeypatch):
@@ -288,6 +290,7 @@ def test_never_starts_from_zero_and_overwrites_nothing(tiny, straight, monkeypat
     assert load_checkpoint("stopped/checkpoints/last.pt")["state"]["step"] == 5
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("another run's state")
 def test_a_run_carried_elsewhere_is_the_same_run(tiny, straight, monkeypatch):
@@ -300,6 +303,7 @@ def test_a_run_carried_elsewhere_is_the_same_run(tiny, straight, monkeypatch):
     assert marker["run"] == json.loads(Path("straight/run.json").read_text())["run"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("another run's state")
 def test_another_learning_rate_goes_into_a_new_folder_and_is_told(tiny, straight, capsys):
@@ -359,6 +363,7 @@ def test_other_data_is_refused(tiny, straight, tmp_path):
         main.main(config)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("another run's state")
 def test_another_version_of_torch_is_warned_of(tiny, straight, monkeypatch, capsys):
@@ -385,6 +390,7 @@ def test_a_longer_cosine_is_another_run_and_is_told_so(tiny, capsys):
     assert len(list(Path("runs").iterdir())) == 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("stop and go on")
 def test_a_longer_run_goes_on_where_the_learning_rate_allows(tiny, capsys):
@@ -399,6 +405,7 @@ def test_a_longer_run_goes_on_where_the_learning_rate_allows(tiny, capsys):
         train(tiny(*constant, "train.num_epochs=2"), "extended")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_stage_replaces_a_longer_run_and_publishes_its_artefacts(tiny, monkeypatch):
     constant = "optimizer.lr_schedule=constant", "optimizer.warmup_steps=0"

@@ -48,6 +48,7 @@ def test_matrix_products_run_in_the_precision(device, precision, dtype):
         assert (a @ a).dtype == dtype
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts Linux page faults")
 def test_freed_memory_is_kept_and_does_not_fault_again():
     """In a process of its own, because it cannot be undone."""

@@ -239,6 +239,7 @@ def slow_run(seconds: float) -> types.SimpleNamespace:
     return run
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["start", "finish"])
 @pytest.mark.fault("Weights & Biases")
@@ -454,10 +455,11 @@ tracker.finish()
         ("silent", (4, 1), ("Timed out initializing run", "did not start within 4 s")),  # the latter on a slow machine
         ("refuses", (4, 1), ("connection refused", "did not start within 4 s")),
         ("wrong key", (15, 10), ("user is not logged in",)),
-        pytest.param("dies", (15, 4), ("Timed out finishing run",), marks=pytest.mark.long),
-        pytest.param("hangs", (15, 1), ("did not finish within 1 s",), marks=pytest.mark.long),
+        ("dies", (15, 4), ("Timed out finishing run",)),
+        ("hangs", (15, 1), ("did not finish within 1 s",)),
     ],
 )
+@pytest.mark.long
 @pytest.mark.fault("Weights & Biases")
 @pytest.mark.fault("API key")
 def test_a_fault_costs_a_bounded_time_and_nothing_else(tmp_path, fake_wandb, listener, fault, seconds, said):
@@ -576,6 +578,7 @@ main.main(config)
     assert all(Path("online", grid).read_bytes() == Path("disabled", grid).read_bytes() for grid in grids)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("Weights & Biases")
 def test_signals_to_the_whole_group_do_not_reach_wandbs_process(tmp_path):
