@@ -32,7 +32,7 @@ test: .venv/installed ## all tests, with coverage
 test-faults: .venv/installed ## faults: 100 kills, signals, full disks, hostile files (about 20 minutes); ends with the matrix
 	$(BIN)/python -m pytest -m fault
 
-test-long: .venv/installed ## tests that take minutes: speed and parity
+test-long: .venv/installed ## tests that take minutes: speed, parity, every edit of the pipeline
 	$(BIN)/python -m pytest -m "long and not fault"
 
 bench: .venv/installed ## speed against other loops and the machine's limit (about 40 minutes); writes benchmark.md

@@ -166,16 +166,16 @@ CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("signal")
 @pytest.mark.parametrize(
     ("name", "phase"),
     [
         ("SIGTERM", "sampling (ema):"),
         *[
-            pytest.param(name, phase, marks=pytest.mark.long)
+            (name, phase)
             for name in CODES
             for phase in ("model ", "training:", "sampling (raw):", "loss (train, raw):")
-            if (name, phase) != ("SIGTERM", "sampling (ema):")
         ],
     ],
 )
@@ -325,7 +325,8 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_taken_over(tmp
 
 @pytest.mark.slow
 @pytest.mark.fault("disk")
-@pytest.mark.parametrize("kind", ["tmpfs", pytest.param("file size limit", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tmpfs", "file size limit"])
 def test_a_full_disk_ends_the_run_with_an_error_and_the_checkpoint_before_is_valid(
     tmp_path, tiny_data, record_property, kind
 ):

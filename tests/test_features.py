@@ -411,6 +411,7 @@ def test_what_lies_in_the_place_of_the_official_file_is_checked_too(hub, monkeyp
 # ---- the controls
 
 
+@pytest.mark.long
 def test_each_control_is_measured_against_the_same_training_images(encoder_path):
     extractor, train, test = load_own_encoder(encoder_path), torch.cat([IMAGES, OTHERS]), OTHERS.flip(0)
     table = control_distances(extractor, train, test, num_images=20)

@@ -149,6 +149,7 @@ def stages_after(repository: Path, edits: dict[str, str]) -> dict[str, set[str]]
     return results
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_parameter_runs_exactly_the_right_stages(repository):
     text = (repository / "params.yaml").read_text()
@@ -170,6 +171,7 @@ def test_every_parameter_runs_exactly_the_right_stages(repository):
     assert found == expected
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_file_runs_exactly_the_right_stages(repository):
     files = [str(path.relative_to(repository)) for path in repository.glob("*/*.py") if path.parent.name != "data"]

@@ -73,6 +73,7 @@ def test_a_run_repeated_is_the_same(tiny, straight):
     assert files[0] == files[1]  # the header, too: it does not name the folder
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_another_seed_or_hyperparameter_is_another_result(tiny, straight):
     for number, override in enumerate(["seed=1", "optimizer.lr=0.001", "train.random_flip=false"]):
@@ -122,7 +123,7 @@ def crash(tiny, monkeypatch, stop_at: int, *overrides: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stop_at", [pytest.param(step, marks=[] if step in (4, 5, 8) else pytest.mark.long) for step in range(9)]
+    "stop_at", [pytest.param(step, marks=[] if step == 5 else pytest.mark.long) for step in range(9)]
 )
 @pytest.mark.fault("stop and go on")
 def test_a_run_that_crashed_goes_on_to_the_same_result(tiny, straight, monkeypatch, stop_at):
@@ -142,6 +143,7 @@ def test_a_run_that_crashed_at_every_step_goes_on_to_the_same_result(tiny, strai
     assert equal(train(tiny(), "stopped"), straight)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("stop and go on")
 def test_samples_due_after_the_step_of_the_checkpoint_are_made_up_for(tiny, straight, monkeypatch):
@@ -422,6 +424,7 @@ def test_a_stage_replaces_a_longer_run_and_publishes_its_artefacts(tiny, monkeyp
         shutil.rmtree("outputs")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("damaged checkpoint")
 def test_a_damaged_checkpoint_costs_one_interval_and_changes_nothing(tiny, straight, capsys):
