@@ -83,6 +83,7 @@ def test_a_second_run_verifies_and_writes_nothing(tmp_path):
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "a").iterdir()} == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "other"])
 def test_what_is_not_as_prepared_is_prepared_again(tmp_path, damage):
     folder = tmp_path / "a"

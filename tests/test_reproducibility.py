@@ -238,7 +238,7 @@ PHASES = {  # what is called there -> the step that is saved
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "phase",
-    [pytest.param(phase, marks=[] if phase in ("sampling", "evaluation") else pytest.mark.long) for phase in PHASES],
+    [pytest.param(phase, marks=[] if phase == "sampling" else pytest.mark.long) for phase in PHASES],
 )
 @pytest.mark.fault("signal")
 def test_a_signal_in_any_phase_saves_and_ends_and_the_same_command_goes_on(tiny, straight, monkeypatch, capsys, phase):

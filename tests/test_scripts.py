@@ -220,7 +220,7 @@ def hostile(config: dict) -> dict:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("names code", "_target_"),
+        pytest.param("names code", "_target_", marks=pytest.mark.long),
         ("takes all memory", "the weights do not fit"),
         pytest.param("reads the environment", "wandb.name=3", marks=pytest.mark.long),
         pytest.param("takes forever", "num_blocks", marks=pytest.mark.long),
