@@ -78,8 +78,9 @@ def main(values: DictConfig) -> None:
                         f"out={out}: holds {', '.join(other)} of another model or with other options; name another "
                         "folder or set overwrite=true, which replaces these and keeps the rest"
                     )
-                for name in measures.keys() - set(done):
-                    print(f"{name:14s}about {measures[name].seconds / 60:.1f} minutes", flush=True)
+                for name, measure in measures.items():
+                    if name not in done:
+                        print(f"{name:14s}about {measure.seconds / 60:.1f} minutes", flush=True)
                 for name, measure in measures.items():
                     if name not in done:
                         found = measure.take()
