@@ -24,7 +24,7 @@ from modeling.neighbours import memorisation_ratio, nearest_neighbours, save_nei
 from modeling.options import EvaluateConfig
 from modeling.progress import progress_bar
 from modeling.runtime import autocast
-from modeling.sampling import draw_in_parts, read_samples, write_samples
+from modeling.sampling import advancing, draw_in_parts, read_samples, write_samples
 from modeling.trained import SIZE, TrainedModel
 
 SAMPLES = "samples.npz"
@@ -138,16 +138,9 @@ class Evaluation:
         with progress_bar(total=len(images) * (columns + 1), desc="bits/dim", unit="evaluation") as bar:
 
             def draw(start: int, count: int) -> Tensor:
-                bar.update(start * (columns + 1) - bar.n)
-
-                def counted(steps: list) -> list:
-                    for step in steps:
-                        yield step
-                        bar.update(count)
-
                 return measure_errors(
                     model, images[start : start + count], first_image=start, timesteps_per_image=columns or None,
-                    bar=counted, **options,
+                    bar=advancing(bar, start * (columns + 1), count), **options,
                 )  # fmt: skip
 
             parts = self.folder / "bits_per_dim.partial"

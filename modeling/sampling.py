@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from modeling.diffusion import DiffusionModel
 from modeling.files import locked, write_atomically
@@ -72,6 +73,18 @@ def draw_in_parts(
     return torch.from_numpy(np.concatenate(parts)[:num_images])
 
 
+def advancing(bar: tqdm, start: int, count: int) -> Callable[[Iterable], Iterator]:
+    """Sets the bar to `start`; returns a wrapper of steps that advances it by `count` after each."""
+    bar.update(start - bar.n)
+
+    def counted(steps: Iterable) -> Iterator:
+        for step in steps:
+            yield step
+            bar.update(count)
+
+    return counted
+
+
 def draw_samples(
     model: DiffusionModel,
     num_images: int,
@@ -96,18 +109,11 @@ def draw_samples(
     with progress_bar(total=num_images * num_steps, unit="image", unit_scale=1 / num_steps, desc="sampling") as bar:
 
         def draw(start: int, count: int) -> Tensor:
-            bar.update(start * num_steps - bar.n)
-
-            def counted(steps: Iterable) -> Iterator:
-                for step in steps:
-                    yield step
-                    bar.update(count)
-
-            return to_uint8(
-                sample_images(
-                    model, count, size, device, first_image=start, num_steps=num_steps, bar=counted, **options
-                )
+            counted = advancing(bar, start * num_steps, count)
+            images = sample_images(
+                model, count, size, device, first_image=start, num_steps=num_steps, bar=counted, **options
             )
+            return to_uint8(images)
 
         return draw_in_parts(folder, identity, num_images, batch_size, draw, replace=replace)
 
@@ -164,23 +170,22 @@ def denoising_path(
     size: tuple[int, int, int],
     device: torch.device | str,
     *,
-    seed: int,
-    precision: str = "fp32",
     num_columns: int = 10,
     **options,
 ) -> Tensor:
     """How images come out of noise, in columns evenly spaced over the steps, the result last.
 
+    Args:
+        options: of `sample_images`.
+
     Returns:
         (2 num_images num_columns, C, H, W) uint8: for each image a row of x_t and, below, one of the predicted x_0.
     """
     seen: list[tuple[Tensor, Tensor]] = []
-    noise = image_noise(seed, torch.arange(num_images, device=device), size)
-    with autocast(device, precision):
-        x = sample(
-            model, num_images, size, device, noise=noise(0), step_noise=noise,
-            observe=lambda timestep, x_t, x_0: seen.append((to_uint8(x_t).cpu(), to_uint8(x_0).cpu())), **options,
-        )  # fmt: skip
+    x = sample_images(
+        model, num_images, size, device,
+        observe=lambda timestep, x_t, x_0: seen.append((to_uint8(x_t).cpu(), to_uint8(x_0).cpu())), **options,
+    )  # fmt: skip
     chosen = [seen[i * len(seen) // (num_columns - 1)] for i in range(num_columns - 1)]
     columns = [*chosen, (to_uint8(x).cpu(),) * 2]
     return torch.stack([torch.stack(pair) for pair in columns], dim=2).transpose(0, 1).flatten(0, 2)

@@ -40,6 +40,18 @@ def equal(first, second) -> bool:
     return first == second
 
 
+def ended_after(function, count: int, error: type[BaseException]):
+    """The function, until it ends with an error in the place of call `count`, from 0."""
+    calls = iter(range(count))
+
+    def call(*args, **options):
+        if next(calls, None) is None:
+            raise error
+        return function(*args, **options)
+
+    return call
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from modeling.files import sha256_of
 from modeling.heldout import denoising_loss
 from modeling.samplers import sample_images
 from modeling.trained import load_trained
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, ended_after
 
 pytestmark = pytest.mark.slow
 
@@ -127,17 +127,6 @@ class Ended(Exception):
     """A process is killed here."""
 
 
-def ended_after(function, count: int):
-    calls = iter(range(count))
-
-    def call(*args, **options):
-        if next(calls, None) is None:
-            raise Ended
-        return function(*args, **options)
-
-    return call
-
-
 def test_a_stopped_evaluation_goes_on_where_it_was(measure, monkeypatch):
     whole = measure("out=whole")
     counts = {"errors": 0, "images": 0}
@@ -154,7 +143,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(measure, monkeypatch):
         ("images", "modeling.sampling.sample_images", sample_images),
     ):
         with monkeypatch.context() as patch, pytest.raises(Ended):
-            patch.setattr(place, ended_after(function, 2))
+            patch.setattr(place, ended_after(function, 2, Ended))
             measure("batch_size=3")
         monkeypatch.setattr(place, counted(name, function))
     resumed = measure("batch_size=3")
@@ -168,7 +157,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(measure, monkeypatch):
 
 def test_parts_of_another_evaluation_are_given_up_with_overwrite_only(measure, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Ended):
-        patch.setattr("modeling.measures.measure_errors", ended_after(measure_errors, 1))
+        patch.setattr("modeling.measures.measure_errors", ended_after(measure_errors, 1, Ended))
         measure("batch_size=3")
     with pytest.raises(SystemExit, match=r"holds parts of something else \(num_images differ\)"):
         measure("batch_size=3", "bits_images=7")

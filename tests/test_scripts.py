@@ -21,7 +21,7 @@ from modeling.checkpoint import load_weights
 from modeling.config import ConfigError, parse
 from modeling.samplers import sample_images
 from modeling.sampling import read_samples
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, ended_after
 
 
 def run_script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -165,18 +165,6 @@ def test_wrong_sampling_requests_are_refused(finished_run, compose_config, monke
         sample.main(compose_config(*overrides, name="sample"))
 
 
-def interrupted_after(count: int):
-    """`sample_images`, until Ctrl-C comes after so many batches."""
-    calls = iter(range(count))
-
-    def call(*args, **options):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return sample_images(*args, **options)
-
-    return call
-
-
 @pytest.mark.slow
 def test_a_stopped_sample_script_goes_on_and_writes_every_kind(finished_run, compose_config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -184,7 +172,7 @@ def test_a_stopped_sample_script_goes_on_and_writes_every_kind(finished_run, com
         f"checkpoint={finished_run}/checkpoints/last.pt", "num_images=6", "batch_size=2", "num_steps=4", "sampler=ddim",
     ]  # fmt: skip
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("modeling.sampling.sample_images", interrupted_after(2))
+        patch.setattr("modeling.sampling.sample_images", ended_after(sample_images, 2, KeyboardInterrupt))
         sample.main(compose_config(*options, "out=a.npz", name="sample"))
     sample.main(compose_config(*options, "out=a.npz", name="sample"))
     sample.main(compose_config(*options, "out=b", name="sample"))
