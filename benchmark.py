@@ -1,7 +1,7 @@
 """How fast training, sampling and the start are: against the loop of the tutorials, other packages and the machine.
 
     python prepare_data.py && python benchmark.py       # everything; about 40 minutes on two cores
-    python benchmark.py training sampling               # some of: peaks training steps layers sampling scaling start
+    python benchmark.py training sampling               # some of the sections; --help lists them
     python benchmark.py --seconds 0.5 --rounds 1        # a quick look
 
 Every contender is a process of its own and all of a table take turns, so that what else the machine does hits them
@@ -76,6 +76,8 @@ def training() -> Tables:
                 cases["ours"] = ours
                 if torch.cuda.is_available():
                     cases["ours, torch.compile"] = ours | {"overrides": [*overrides, "runtime.compile=true"]}
+                    if not torch.cuda.is_bf16_supported(including_emulation=False):
+                        cases["ours, fp16"] = ours | {"overrides": [*overrides, "runtime.precision=fp16"]}
                 if network == "ddpm 128" and batch_size == 16:
                     for package, name in (("diffusers", "diffusers"), ("denoising_diffusion_pytorch", "lucidrains")):
                         for precision in ("fp32", "bf16"):
@@ -93,7 +95,8 @@ def steps() -> Tables:
         "freed memory kept": {"has_kept_memory": True},
         "bf16": {"precision": "bf16"},
         "channels last": {"is_channels_last": True},
-        "GroupNorm on contiguous copies, ReLU in place": {"has_fast_layers": True},
+        "GroupNorm on contiguous copies": {"fast_layers": ["GroupNorm"]},
+        "ReLU in place, on integers": {"fast_layers": ["GroupNorm", "ReLU"]},
         "images in memory, batches at once": {"has_images_in_memory": True},
         "fused Adam, loss read every 25 steps": {"is_fused": True},
     }
@@ -113,8 +116,21 @@ def steps() -> Tables:
             yield title, cases
 
 
+def micro_batches() -> Tables:
+    """What is saved by letting a part of the batch through the network at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        for network in ("unet 128", "unet 32", "ddpm 32"):
+            case = {"name": "our training", "batch_size": 128, "folder": folder}
+            cases = {
+                str(size): case | {"overrides": [*NETWORKS[network], f"runtime.micro_batch_size={size}"]}
+                for size in (128, 64, 32, 16)
+            }
+            title = f"Micro-batches of a batch of 128, {network}"
+            yield title, cases
+
+
 def layers() -> Tables:
-    """GroupNorm, which is slow with the channels last where a group has few of them."""
+    """What PyTorch's kernels for the CPU are slow at: GroupNorm with the channels last and few in a group, and ReLU."""
     for channels, num_groups, pixels in ((32, 8, 32), (64, 16, 16), (128, 32, 16), (128, 8, 32)):
         case = {"name": "group norm", "channels": channels, "num_groups": num_groups, "pixels": pixels}
         cases = {
@@ -124,6 +140,10 @@ def layers() -> Tables:
         }
         title = f"GroupNorm of {channels} channels in {num_groups} groups at {pixels}x{pixels}, bf16"
         yield title, cases
+    case = {"name": "relu", "channels": 128, "pixels": 32}
+    yield "ReLU of 128 channels at 32x32, bf16", {
+        "PyTorch's": case | {"is_ours": False}, "ours": case | {"is_ours": True}
+    }  # fmt: skip
 
 
 def sampling() -> Tables:
@@ -196,7 +216,7 @@ def main() -> None:
     print(report)
 
 
-SECTIONS = {section.__name__: section for section in (peaks, training, steps, layers, sampling, scaling)}
+SECTIONS = {section.__name__: section for section in (peaks, training, steps, micro_batches, layers, sampling, scaling)}
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """What all contenders share: the network as a tutorial has it, its FLOPs, waiting for the device."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import build
 from modeling.config import parse
-from modeling.group_norm import GroupNorm
+from modeling.layers import GroupNorm, ReLU
 
 NUM_TIMESTEPS, BETAS = 1000, (1e-4, 0.02)
 LOG_EVERY = 25
@@ -40,15 +40,15 @@ def compose(overrides: list[str]):
         return parse(hydra.compose("config", overrides))
 
 
-def plain_network(config, has_fast_layers: bool = False) -> nn.Module:
-    """The configured network as a tutorial has it: without what was done to its layers for speed."""
+def plain_network(config, fast_layers: Sequence[str] = ()) -> nn.Module:
+    """The configured network as a tutorial has it: with PyTorch's own layers in the place of ours, but for these."""
     torch.manual_seed(0)
     network = build.build_eps_model(config.model)
-    for module in network.modules() if not has_fast_layers else ():
-        if isinstance(module, nn.ReLU):
+    for module in network.modules():
+        name = type(module).__name__
+        if isinstance(module, (GroupNorm, ReLU)) and name not in fast_layers:
+            module.__class__ = getattr(nn, name)
             module.inplace = False
-        elif isinstance(module, GroupNorm):
-            module.__class__ = nn.GroupNorm
     return network
 
 

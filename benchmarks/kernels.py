@@ -1,4 +1,4 @@
-"""Single operations: GroupNorm, and the machine's own limits."""
+"""Single operations: our layers beside PyTorch's, and the machine's own limits."""
 
 from itertools import repeat
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from benchmarks.contender import Contender, synchronise
-from modeling.group_norm import GroupNorm
+from modeling.layers import GroupNorm, ReLU
 from modeling.runtime import keep_freed_memory, resolve_device
 
 
@@ -23,6 +23,22 @@ def group_norm(channels: int, num_groups: int, pixels: int, is_channels_last: bo
     def run(num_steps: int) -> None:
         for _ in repeat(None, num_steps):
             torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad)
+
+    return Contender(run, len(x), 0)
+
+
+def relu(channels: int, pixels: int, is_ours: bool) -> Contender:
+    """ReLU of 64 images in bf16 and channels last, in place, forward and backward."""
+    keep_freed_memory()
+    layer = ReLU() if is_ours else nn.ReLU(inplace=True)
+    x = torch.randn(64, channels, pixels, pixels, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    grad = torch.randn_like(x)
+    x.requires_grad_()
+
+    def run(num_steps: int) -> None:
+        for _ in repeat(None, num_steps):
+            y = x.view_as(x)  # a leaf cannot change in place
+            torch.autograd.grad(layer(y), x, grad)
 
     return Contender(run, len(x), 0)
 

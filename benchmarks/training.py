@@ -1,6 +1,6 @@
 """Training steps: the loop of the tutorials and what can be done about it, and ours as `main.py` runs it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ def reference_training(
     has_kept_memory: bool = False,
     has_images_in_memory: bool = False,
     is_channels_last: bool = False,
-    has_fast_layers: bool = False,
+    fast_layers: Sequence[str] = (),
     is_fused: bool = False,
     is_compiled: bool = False,
 ) -> Contender:
@@ -78,14 +78,14 @@ def reference_training(
         cifar10: the folder in which torchvision finds `cifar-10-batches-py`.
         num_workers: of the DataLoader.
         has_kept_memory: see `modeling.runtime.keep_freed_memory`.
-        has_fast_layers: GroupNorm from `modeling.group_norm`, and ReLU in place.
+        fast_layers: names of those from `modeling.layers` that are used.
         is_fused: one kernel for all of Adam, and the loss read every 25 steps only.
     """
     if has_kept_memory:
         keep_freed_memory()
     config = compose(overrides)
     device = resolve_device(config.runtime.device)
-    network = plain_network(config, has_fast_layers).to(device)
+    network = plain_network(config, fast_layers).to(device)
     flops = network_flops(network, with_gradient=True)
     if is_channels_last:
         network = network.to(memory_format=torch.channels_last)

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 
-from benchmarks.kernels import group_norm, peak_convolution, peak_matmul
+from benchmarks.kernels import group_norm, peak_convolution, peak_matmul, relu
 from benchmarks.peers import diffusers_training, lucidrains_training
 from benchmarks.sampling import our_sampling, reference_sampling
 from benchmarks.training import our_training, reference_training
@@ -24,6 +24,7 @@ CONTENDERS = {
     "reference sampling": reference_sampling,
     "our sampling": our_sampling,
     "group norm": group_norm,
+    "relu": relu,
     "peak matmul": peak_matmul,
     "peak convolution": peak_convolution,
 }

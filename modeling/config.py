@@ -141,13 +141,14 @@ class Train(Section):
 
 class Machine(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]  # auto: cuda, else mps, else cpu
-    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the hardware computes in it
+    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware computes in it, else fp32
     deterministic: bool  # CUDA: the same bits every time, at some cost; the CPU always is
     keep_freed_memory: bool  # CPU, Linux: the allocator gives nothing back to the system, which is much faster
 
 
 class Runtime(Machine):
     compile: bool
+    micro_batch_size: PositiveInt | None  # images of a batch that go through the network at a time; null: by the device
     num_workers: Annotated[int, Field(ge=0, le=64)]
     output_dir: Text | None  # the run's folder; null: runs/<readable name>-<hash>
     resume: Text  # auto: from the folder's newest checkpoint; never: from zero; or a checkpoint's path to start from

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.group_norm import GroupNorm
+from modeling.layers import GroupNorm
 from modeling.unet import check_hidden_size, check_model_input
 
 

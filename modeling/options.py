@@ -65,6 +65,7 @@ class EvaluateConfig(Sampling):
 class EncoderConfig(Machine):
     """All of `conf/encoder.yaml`."""
 
+    precision: Literal["auto", "fp32", "bf16"]  # fp16 would need a scale of the loss
     out: Text  # the file of weights; with controls, the one whose features are tried
     archive: Text  # CIFAR-10's; downloaded there when it is missing
     urls: list[Text]

@@ -20,7 +20,7 @@ from modeling.heldout import denoising_loss
 from modeling.progress import progress_bar
 from modeling.run_folder import RunError, RunFolder, describe_state
 from modeling.run_step import RunStep, TrainState
-from modeling.runtime import peak_memory_bytes, place
+from modeling.runtime import peak_memory_bytes, place, resolve_micro_batch_size
 from modeling.samplers import sample_images
 from modeling.stage import describe_differences, run_length
 from modeling.tracking import Tracker, write_csv
@@ -43,6 +43,9 @@ class Run:
     def __init__(self, config: Config, manifest: dict, folder: RunFolder, device: torch.device, precision: str):
         self.config, self.folder, self.device, self.precision = config, folder, device, precision
         self.last_step = run_length(config, manifest)
+        self.micro_batch_size = resolve_micro_batch_size(
+            config.runtime.micro_batch_size, device, config.train.batch_size
+        )
         try:
             data = Path(config.dataset.root) / config.dataset.name
             self.images = {split: load_images(data, split, manifest) for split in ("train", "test")}
@@ -81,6 +84,7 @@ class Run:
             "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
             "precision": self.precision,
+            "micro_batch_size": self.micro_batch_size,
             "threads": torch.get_num_threads(),
         }
 
@@ -127,6 +131,7 @@ class Run:
             checkpoint_seconds=self.config.runtime.checkpoint_seconds or math.inf,
             max_skipped_in_row=train.max_skipped_in_row,
             precision=self.precision,
+            micro_batch_size=self.micro_batch_size,
             max_grad_norm=self.config.optimizer.max_grad_norm,
         )
 

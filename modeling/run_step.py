@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from modeling.diffusion import DiffusionModel
 from modeling.ema import Ema
 from modeling.images import to_model_range
+from modeling.loss_scale import INITIAL_SCALE, LossScale
 from modeling.runtime import peak_memory_bytes
 from modeling.seeding import Purpose, derive_seed, draw_integers, draw_normal
 from modeling.signals import uninterrupted
@@ -31,6 +32,8 @@ class TrainState:
     loss_smoothed: float = 0.0  # exponential average over the steps
     num_skipped: int = 0  # steps whose loss or gradient was not finite
     num_skipped_in_row: int = 0
+    loss_scale: float = INITIAL_SCALE  # fp16, as the next one
+    num_finite_at_scale: int = 0  # steps in a row
     seconds: float = 0.0  # spent in training steps, data loading included
 
 
@@ -72,6 +75,7 @@ class RunStep:
         last_step: the length of the run in steps.
         max_skipped_in_row: so many skipped steps, one after the other, end the run.
         precision: as for `train_step`.
+        micro_batch_size: as for `train_step`.
         max_grad_norm: scales the gradient down to this norm; None leaves it.
 
     Calling it raises FloatingPointError for too many skipped steps in a row. Losses stay on the device until the next
@@ -92,11 +96,13 @@ class RunStep:
     checkpoint_seconds: float = math.inf
     max_skipped_in_row: int = 10
     precision: str = "fp32"
+    micro_batch_size: int | None = None
     max_grad_norm: float | None = None
     clock: Stopwatch = field(default_factory=Stopwatch)
     _saved_at: float = field(default_factory=lambda: time.monotonic())
     _losses: list[Tensor] = field(default_factory=list)
     _num_images: int = 0
+    _loss_scale: LossScale | None = None
 
     def __call__(
         self, model: DiffusionModel, inputs: Tensor, optimizer: Optimizer, device: torch.device | str
@@ -107,6 +113,8 @@ class RunStep:
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         torch.manual_seed(derive_seed(self.seed, Purpose.DROPOUT, step))
+        if self.precision == "fp16" and self._loss_scale is None:
+            self._loss_scale = LossScale(self.state.loss_scale, self.state.num_finite_at_scale, device)
         return self.train_step(
             model,
             to_model_range(inputs.to(device, non_blocking=True)),
@@ -115,12 +123,16 @@ class RunStep:
             timesteps=draw_integers(self.seed, Purpose.TIMESTEP, step, index, model.num_timesteps) + 1,
             noise=draw_normal(self.seed, Purpose.NOISE, step, index, inputs.shape[1:]),
             precision=self.precision,
+            micro_batch_size=self.micro_batch_size,
+            loss_scale=1.0 if self._loss_scale is None else self._loss_scale.scale,
             update=partial(self._finish, model, optimizer, len(inputs)),
         )
 
     def _finish(self, model: DiffusionModel, optimizer: Optimizer, num_images: int, loss: Tensor) -> None:
         """All that the step changes. Nothing interrupts it, so a stopped run is always between two steps."""
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        if self._loss_scale is not None:
+            self._loss_scale.unscale([parameter.grad for parameter in parameters])
         grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
@@ -131,6 +143,8 @@ class RunStep:
             elif not is_skipped:
                 optimizer.step()
                 self.ema.update(model.eps_model, self.state.step)
+            if self._loss_scale is not None:
+                self._loss_scale.update(is_skipped)
             self.state.step += 1
             self._losses.append(torch.where(is_skipped, math.nan, loss))
             self._num_images += num_images
@@ -151,6 +165,9 @@ class RunStep:
     def checkpoint(self) -> None:
         """Saves the state now."""
         self._collect_losses()
+        if self._loss_scale is not None:
+            self.state.loss_scale = self._loss_scale.scale.item()
+            self.state.num_finite_at_scale = self._loss_scale.num_finite.item()
         self.save(self.state)
         self._saved_at = time.monotonic()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -42,14 +42,24 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """fp32 or bf16 for `runtime.precision`: auto takes bf16 where the hardware computes in it."""
+    """fp32, bf16 or fp16 for `runtime.precision`: auto takes bf16 where the hardware computes in it."""
     if name == "auto":
         return "bf16" if _has_bf16(device) else "fp32"
     return name
 
 
+def resolve_micro_batch_size(size: int | None, device: torch.device, batch_size: int) -> int:
+    """Images that go through the network at a time, for `runtime.micro_batch_size`.
+
+    By default 64 on a CPU, where larger batches take more memory and are no faster (docs/speed.md), else whole batches.
+    """
+    if size is None:
+        size = 64 if device.type == "cpu" else batch_size
+    return min(size, batch_size)
+
+
 def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractContextManager:
-    """The context in which the network runs: bf16 for its matrix products, or nothing for fp32."""
+    """The context in which the network runs: bf16 or fp16 for its matrix products, or nothing for fp32."""
     dtype = DTYPES[precision]
     if dtype is None:
         return contextlib.nullcontext()

@@ -4,8 +4,9 @@ What a run needs beside the loss (learning rate, random numbers, averaged weight
 step number and is handed in, so that the plain loop and the full run are the same code.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sized
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ def train_step(
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
     precision: str = "fp32",
+    micro_batch_size: int | None = None,
+    loss_scale: Tensor | float = 1.0,
     update: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """One step of Algorithm 1.
@@ -40,22 +43,30 @@ def train_step(
         inputs: x_0, (B, C, H, W), float in [-1, 1].
         timesteps: (B,) integers in 1..T, drawn by the model if not given.
         noise: (B, C, H, W), drawn by the model if not given.
-        precision: "fp32", or "bf16" for the network's matrix products (loss and weights stay float32).
+        precision: "fp32", or "bf16" or "fp16" for the network's matrix products (loss and weights stay float32).
+        micro_batch_size: at most so many images go through the network at a time, and their gradients add up to that of
+            the batch: the same step up to rounding, in less memory. None for all at once.
+        loss_scale: the gradients are those of the loss times this; see `modeling.loss_scale`.
         update: called with the loss, once the gradients are there, in the place of `optimizer.step()`.
 
     Returns:
         The loss, a detached scalar on the device.
     """
     inputs = inputs.to(device, non_blocking=True)
-    with autocast(device, precision):
-        loss = model(inputs, timesteps=timesteps, noise=noise)
+    num_parts = math.ceil(len(inputs) / (micro_batch_size or len(inputs)))
+    parts = [repeat(None) if rows is None else rows.tensor_split(num_parts) for rows in (inputs, timesteps, noise)]
     optimizer.zero_grad()
-    loss.backward()
+    loss = torch.zeros((), device=device)
+    for x_0, part_timesteps, part_noise in zip(*parts, strict=False):
+        with autocast(device, precision):
+            part_loss = model(x_0, timesteps=part_timesteps, noise=part_noise) * (len(x_0) / len(inputs))
+        (part_loss * loss_scale).backward()
+        loss += part_loss.detach()
     if update is None:
         optimizer.step()
     else:
-        update(loss.detach())
-    return loss.detach()
+        update(loss)
+    return loss
 
 
 def train_epoch(

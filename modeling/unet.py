@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modeling.group_norm import GroupNorm
+from modeling.layers import GroupNorm, ReLU
 
 
 def check_model_input(x: Tensor, t: Tensor, channels: int, multiple: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
         GroupNorm(8, out_channels),
-        nn.ReLU(inplace=True),  # neither neighbour needs what it replaces
+        ReLU(),  # neither neighbour needs what it replaces
     )
 
 
@@ -126,7 +126,7 @@ class UnetModel(nn.Module):
         self.to_vector = nn.Sequential(nn.AvgPool2d(4), nn.ReLU())
         self.time_embedding = TimeEmbedding(2 * h)
         self.from_vector = nn.Sequential(
-            nn.ConvTranspose2d(2 * h, 2 * h, kernel_size=4, stride=4), GroupNorm(8, 2 * h), nn.ReLU(inplace=True)
+            nn.ConvTranspose2d(2 * h, 2 * h, kernel_size=4, stride=4), GroupNorm(8, 2 * h), ReLU()
         )
         self.up1 = UpBlock(4 * h, 2 * h)
         self.up2 = UpBlock(4 * h, h)

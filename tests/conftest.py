@@ -1,6 +1,7 @@
 """Fixtures: a fixed seed for every test, the devices there are, composed configurations, small prepared data."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hydra import compose, initialize_config_dir
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 # A run that takes a second: 8 steps of a small network.
 TINY = [

@@ -58,14 +58,16 @@ def test_the_flops_of_the_assignments_network_are_those_worked_out_by_hand():
     assert network_flops(network, with_gradient=True) == pytest.approx(3 * forward, rel=0.02)
 
 
-def test_the_plain_network_is_the_same_function():
-    config = compose(["model=ddpm"])
-    ours, plain = plain_network(config, has_fast_layers=True), plain_network(config)
-    assert not any(
-        type(module).__name__ == "GroupNorm" and type(module) is not torch.nn.GroupNorm for module in plain.modules()
-    )
-    for layer in (ours.conv_out, plain.conv_out):  # zero in a new network
-        torch.nn.init.ones_(layer.weight)
+@pytest.mark.parametrize(("name", "layers"), [("ddpm", ["GroupNorm"]), ("unet", ["GroupNorm", "ReLU"])])
+def test_the_plain_network_is_the_same_function(name, layers):
+    config = compose([f"model={name}", "model.hidden_size=32"])
+    ours, plain = plain_network(config, layers), plain_network(config)
+    for network, expected in ((plain, set()), (ours, set(layers))):
+        classes = {type(module) for module in network.modules()}
+        assert {cls.__name__ for cls in classes if cls.__module__ == "modeling.layers"} == expected
+    for network in (ours, plain):
+        if name == "ddpm":  # zero in a new network
+            torch.nn.init.ones_(network.conv_out.weight)
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([0.1, 0.9])
     torch.testing.assert_close(ours.to(memory_format=torch.channels_last)(x, t), plain(x, t), rtol=1e-3, atol=1e-3)
 

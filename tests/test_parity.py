@@ -1,7 +1,6 @@
 """What is done for speed trains like plain float32: the same random numbers, the losses side by side."""
 
 import functools
-import shutil
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +19,7 @@ from modeling.runtime import place
 from modeling.shapes import draw_shapes
 from modeling.training import fit, train_step
 from modeling.unet import UnetModel
+from tests.conftest import needs_compiler
 
 NUM_STEPS, BATCH_SIZE = 200, 16
 OPTIMIZER = Optimizer(
@@ -29,7 +29,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ddpm": lambda: DdpmUnet(3, 3, 16, (1, 2), 1, ()),
     "unet": lambda: UnetModel(3, 3, 8),
 }
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
 @pytest.fixture(scope="module")

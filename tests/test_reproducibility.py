@@ -23,7 +23,7 @@ from modeling.config import parse
 from modeling.run import Run
 from modeling.run_step import TrainState
 from modeling.training import train_step
-from tests.conftest import ROOT, TINY, equal
+from tests.conftest import ROOT, TINY, equal, needs_compiler
 
 VERSION = str(torch.__version__)
 MACHINE_DEPENDENT = {"seconds", "images_per_second", "memory_bytes"}
@@ -131,6 +131,23 @@ def test_a_run_that_crashed_goes_on_to_the_same_result(tiny, straight, monkeypat
     crash(tiny, monkeypatch, stop_at)
     assert Path("stopped/checkpoints/last.pt").exists() == (stop_at >= 5)
     assert equal(train(tiny(), "stopped"), straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "runtime.micro_batch_size=5",
+        pytest.param("runtime.precision=fp32", marks=pytest.mark.long),
+        pytest.param("runtime.precision=fp16", marks=pytest.mark.long),
+        pytest.param("runtime.compile=true", marks=[pytest.mark.long, needs_compiler]),
+    ],
+)
+@pytest.mark.fault("stop and go on")
+def test_a_run_that_crashed_goes_on_to_the_same_result_in_each_mode(tiny, monkeypatch, mode):
+    expected = train(tiny(mode), "straight")
+    crash(tiny, monkeypatch, 6, mode)
+    assert equal(train(tiny(mode), "stopped"), expected)
 
 
 @pytest.mark.long

@@ -41,7 +41,9 @@ def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch, has_bf16):
     assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_matrix_products_run_in_the_precision(device, precision, dtype):
     a = torch.ones(2, 2, device=device)
     with autocast(device, precision):

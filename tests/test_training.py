@@ -23,6 +23,7 @@ from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
 from modeling.ema import Ema
+from modeling.loss_scale import LossScale
 from modeling.run_step import RunStep, TrainState
 from modeling.runtime import place
 from modeling.samplers import sample
@@ -83,6 +84,18 @@ def run(model, last_step=8, batches=None, optimizer=None, sample_every=1, **opti
     return recorder
 
 
+class ConvModel(nn.Module):
+    """An eps model of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, t):
+        return self.conv(x)
+
+
 # ---- train_step
 
 
@@ -97,6 +110,56 @@ def test_a_step_is_one_step_of_gradient_descent(device):
     torch.testing.assert_close(loss, expected.detach())
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "sizes"), [(1, [1] * 7), (2, [2, 2, 2, 1]), (6, [4, 3]), (7, [7]), (9, [7])]
+)
+def test_micro_batches_take_the_step_of_the_whole_batch(micro_batch_size, sizes):
+    x, timesteps, noise = torch.rand(7, 3, 32, 32) * 2 - 1, torch.arange(1, 8), torch.randn(7, 3, 32, 32)
+    results, seen = [], []
+    for size in (None, micro_batch_size):
+        model = small_model().double()
+        model.eps_model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        given = {"timesteps": timesteps, "noise": noise.double(), "micro_batch_size": size}
+        loss = train_step(model, x.double(), SGD(model.parameters(), lr=0.1), "cpu", **given)
+        results.append((loss, weights(model)))
+    assert seen == [7, *sizes]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
+
+
+def test_one_micro_batch_is_the_plain_step_to_the_bit():
+    results = []
+    for size in (None, 4):
+        model = small_model()
+        run(model, last_step=2, micro_batch_size=size)
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_micro_batches_take_less_memory():
+    """The largest sum of what the forward pass keeps for the backward pass."""
+    model, kept = small_model(), []
+
+    def measured(size):
+        alive, largest = [0], [0]
+
+        def pack(tensor):
+            alive[0] += tensor.nbytes
+            largest[0] = max(largest[0], alive[0])
+            return tensor
+
+        def unpack(tensor):
+            alive[0] -= tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            train_step(model, torch.rand(8, 3, 32, 32), SGD(model.parameters(), lr=0.0), "cpu", micro_batch_size=size)
+        return largest[0]
+
+    kept = {size: measured(size) for size in (8, 4, 2)}
+    assert kept[4] < 0.6 * kept[8]
+    assert kept[2] < 0.35 * kept[8]
 
 
 def test_gradients_do_not_add_up_over_steps():
@@ -395,6 +458,76 @@ def test_the_update_decided_on_the_device_is_the_same(name, bad_steps, compose_c
         results.append((weights(model), weights(ema.module)))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
+
+
+# ---- fp16
+
+
+def test_the_scale_of_the_loss_halves_at_an_overflow_and_doubles_after_2000_finite_steps(device):
+    scale = LossScale(8.0, 1998, device)
+    seen = []
+    for is_skipped in (False, False, False, True, True, *[False] * 2000):
+        scale.update(torch.tensor(is_skipped, device=device))
+        seen.append((scale.scale.item(), scale.num_finite.item()))
+    assert seen[:6] == [(8.0, 1999), (16.0, 0), (16.0, 1), (8.0, 0), (4.0, 0), (4.0, 1)]
+    assert seen[-2:] == [(4.0, 1999), (8.0, 0)]
+    gradients = [torch.tensor([8.0, -4.0], device=device), torch.tensor(1.0, device=device)]
+    scale.unscale(gradients)
+    assert [gradient.tolist() for gradient in gradients] == [[1.0, -0.5], 0.125]
+
+
+def conv_run(last_step, **options) -> tuple[DiffusionModel, Recorder]:
+    model = DiffusionModel(ConvModel(), (1e-4, 0.02), 20)
+    return model, run(model, last_step, log_every=1, checkpoint_every=1, **options)
+
+
+def test_fp16_trains_like_fp32_and_skips_what_overflows():
+    """2^40 overflows fp16 by far: the scale is halved, and no weight moves, until it does not."""
+    plain = conv_run(8)
+    model, record = conv_run(8, precision="fp16")
+    torch.testing.assert_close(weights(model), weights(plain[0]), rtol=1e-3, atol=1e-4)
+    assert [line["train/loss"] for line in record.lines] == pytest.approx(
+        [line["train/loss"] for line in plain[1].lines], rel=1e-2
+    )
+    assert record.step.state.num_skipped == 0
+    before = weights(DiffusionModel(ConvModel(), (1e-4, 0.02), 20))
+    state = TrainState(loss_scale=2.0**40)
+    model, record = conv_run(5, precision="fp16", state=state)
+    assert torch.equal(weights(model), before)
+    assert (record.step.state.num_skipped, record.step.state.loss_scale) == (5, 2.0**35)
+
+
+def test_the_scale_of_the_loss_keeps_small_gradients():
+    """Without it, gradients below 2^-24 are zero in fp16."""
+    found = {}
+    for scale in (1.0, 2.0**16):
+        model = DiffusionModel(ConvModel(), (1e-4, 0.02), 20)
+        model.loss_weights *= 1e-6
+        with torch.no_grad():
+            model.eps_model.conv.weight *= 0.01
+        given = {"timesteps": torch.full((4,), 20), "noise": torch.ones(4, 3, 8, 8)}
+        train_step(
+            model, torch.zeros(4, 3, 8, 8), SGD(model.parameters(), lr=0.0), "cpu",
+            precision="fp16", loss_scale=scale, **given,
+        )  # fmt: skip
+        found[scale] = model.eps_model.conv.weight.grad.abs().max().item() / scale
+    assert found[1.0] == 0
+    assert found[2.0**16] > 0
+
+
+def test_an_fp16_run_taken_up_again_goes_on_with_its_scale():
+    straight, _ = conv_run(6, precision="fp16", state=TrainState(loss_scale=2.0**25))
+    model, first = conv_run(2, precision="fp16", state=TrainState(loss_scale=2.0**25))
+    state = TrainState(**dataclasses.asdict(first.step.state))
+    assert state.loss_scale < 2.0**25
+    ema, batches = first.ema, Batches(IMAGES, 4, seed=0)
+    recorder = Recorder(model, 6, batches, precision="fp16", state=state)
+    recorder.step.ema = ema
+    fit(
+        model, batches, SGD(model.parameters(), lr=0.01), "cpu", step=recorder.step,
+        sample=recorder.sampled.append, sample_every=1,
+    )  # fmt: skip
+    assert torch.equal(weights(model), weights(straight))
 
 
 def test_checkpoints_come_on_time_too(monkeypatch):

@@ -1,4 +1,4 @@
-"""GroupNorm that is fast with the channels last, too."""
+"""Layers whose kernels for the CPU are slow in PyTorch: the same functions, sooner (measurements: docs/speed.md)."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
     """The function of `F.group_norm`, on contiguous copies where that is faster.
 
     With the channels last, PyTorch's kernels for the CPU walk over the channels of one group at a time. With 4 or 8 of
-    them that is 6 to 10 times slower than a contiguous kernel, and copying there and back takes less than what it saves
-    (the table is in docs/speed.md). Convolutions want the channels last, so the whole network cannot be contiguous.
+    them that is 6 to 10 times slower than a contiguous kernel, and copying there and back takes less than what it
+    saves. Convolutions want the channels last, so the whole network cannot be contiguous.
     """
 
     @staticmethod
@@ -22,7 +22,7 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         ctx.sizes = batch, channels, height * width, num_groups
         source = x if height * width >= _FAST_MAP else x.contiguous()
         y, mean, rstd = torch.native_group_norm(source, weight, bias, *ctx.sizes, eps)
-        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.save_for_backward(source, mean, rstd, weight)
         return y.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
@@ -51,3 +51,39 @@ class GroupNorm(nn.GroupNorm):
         if is_slow:
             return _ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class _IntegerReLU(torch.autograd.Function):
+    """ReLU of bfloat16 in place, computed on its bits.
+
+    PyTorch widens every element to float32 and narrows it again; comparing them as 16-bit integers is 4 times faster.
+    An element is negative if its integer is. From -128 down that is a number or -inf and becomes 0; above are the NaNs
+    with a sign, which stay.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        F.threshold_(x.view(torch.int16), -128, 0)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad.view(torch.int16), y.view(torch.int16), 0)
+        return grad.view(torch.bfloat16)
+
+
+class ReLU(nn.ReLU):
+    """`nn.ReLU`, in place, sooner."""
+
+    def __init__(self):
+        super().__init__(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape and layout; x itself is replaced, so whatever made it must not need it any more."""
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+            return _IntegerReLU.apply(x)
+        return super().forward(x)

@@ -1,11 +1,11 @@
-"""GroupNorm in every layout is the function of PyTorch's own."""
+"""Our GroupNorm and ReLU are the functions of PyTorch's own."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling.group_norm import GroupNorm, _ChannelsLastGroupNorm
+from modeling.layers import GroupNorm, ReLU, _ChannelsLastGroupNorm, _IntegerReLU
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
@@ -77,3 +77,38 @@ def test_a_frozen_layer_passes_the_gradient_on():
     norm(x).square().sum().backward()
     assert x.grad is not None
     assert norm.weight.grad is None
+
+
+def test_relu_is_relu_for_every_bfloat16():
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    expected = F.relu(x)
+    found = ReLU()(x.clone())
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert expected.isnan().sum() == 254  # with and without a sign
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    assert not torch.signbit(found[found == 0]).any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_of_relu_is_that_of_pytorch_to_the_bit(layout, monkeypatch):
+    x = torch.randn(2, 8, 5, 7).bfloat16().to(memory_format=LAYOUTS[layout])
+    x[0, 0] = 0
+    grad = torch.randn_like(x)
+    found = []
+    for relu in (ReLU(), nn.ReLU(inplace=True)):
+        leaf = x.clone().requires_grad_()
+        y = relu(leaf * 1)
+        found.append([y.detach(), *torch.autograd.grad(y, leaf, grad)])
+        assert y.stride() == x.stride()
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize(("dtype", "is_ours"), [(torch.bfloat16, True), (torch.float32, False), (torch.float16, False)])
+def test_relu_works_in_place_and_only_bfloat16_goes_through_integers(dtype, is_ours, monkeypatch):
+    calls, apply = [], _IntegerReLU.apply
+    monkeypatch.setattr(_IntegerReLU, "apply", lambda x: calls.append(x) or apply(x))
+    x = torch.randn(10).to(dtype)
+    assert ReLU()(x).data_ptr() == x.data_ptr()
+    assert bool(calls) == is_ours
+    assert x.min() == 0

@@ -1,0 +1,34 @@
+"""Dynamic loss scaling, without which the small gradients of fp16 would round to zero."""
+
+import torch
+from torch import Tensor
+
+INITIAL_SCALE = 2.0**16
+PATIENCE = 2000  # steps in a row that must be finite before a larger scale is tried
+
+
+class LossScale:
+    """The factor of the loss: halved after a step that overflows, doubled after 2,000 in a row that do not.
+
+    Micikevicius et al. 2018 (arXiv 1710.03740, section 3.2). Powers of two, so that scaling rounds nothing.
+
+    Args:
+        scale: to begin with.
+        num_finite: steps in a row that were finite at this scale.
+        device: of the training; everything is decided there, without a CPU-GPU sync.
+    """
+
+    def __init__(self, scale: float, num_finite: int, device: torch.device | str):
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self.num_finite = torch.tensor(num_finite, device=device)
+
+    def unscale(self, gradients: list[Tensor]) -> None:
+        """Gradients of the scaled loss, in place, to those of the loss."""
+        torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def update(self, is_skipped: Tensor) -> None:
+        """After each step; is_skipped is a scalar bool, True where loss or gradient was not finite."""
+        num_finite = self.num_finite + 1
+        is_due = ~is_skipped & (num_finite == PATIENCE)
+        self.scale = self.scale * torch.where(is_skipped, 0.5, torch.where(is_due, 2.0, 1.0))
+        self.num_finite = torch.where(is_skipped | is_due, 0, num_finite)
