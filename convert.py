@@ -9,7 +9,6 @@ into our file as in params.yaml, or as given: `config.dataset.name=shapes`.
 """
 
 import json
-import pickle
 import sys
 from pathlib import Path
 
@@ -83,22 +82,15 @@ def _read_weights(folder: Path) -> dict:
     import torch
     from safetensors.torch import load_file
 
-    from modeling.checkpoint import CheckpointError
+    from modeling.checkpoint import CheckpointError, reading
 
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: there is neither {' nor '.join(WEIGHTS)}")
-    try:
+    with reading(path, "file of weights"):
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and plain values") from error
-    except Exception as error:  # a file made to harm may raise anything while it is read
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} holds no weights, or is damaged: {reason}") from error
     if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise CheckpointError(f"{path} holds more than named tensors")
     return weights

@@ -3,12 +3,14 @@
 Both are written whole or not at all, and loading either executes nothing.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +28,24 @@ _MAX_PICKLE_BYTES = 16 << 20  # the structure without the tensors; that of 35.7M
 
 class CheckpointError(Exception):
     """A file that is no checkpoint of this project, a damaged one, or one that does not fit."""
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, kind: str) -> Iterator[None]:
+    """Makes a CheckpointError of whatever a file raises while it is read inside; only an OSError passes.
+
+    Args:
+        kind: what the file should be, for the message.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # a file made to harm may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text says how to load the file all the same
+            reason = "it holds more than tensors and plain values"
+        raise CheckpointError(f"{path} is no {kind}, or damaged: {reason}") from error
 
 
 def _seal(archive: io.BytesIO) -> None:
@@ -136,16 +156,9 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    try:
+    with reading(path, "checkpoint"):
         _check(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is no checkpoint: it holds more than tensors and plain values") from error
-    except Exception as error:  # a file made to harm may raise anything while it is read
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no checkpoint, or damaged: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this project (format {FORMAT} expected)")
     for key, kind in _CONTENT.items():

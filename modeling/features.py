@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.checkpoint import CheckpointError, reading
 from modeling.encoder import control_images, images_sha256, load_encoder
 from modeling.files import sha256_of, write_atomically
 from modeling.images import to_model_range
@@ -95,10 +96,10 @@ def load_inception(inception_weights: str | Path | None = None, device: torch.de
     content = path.read_bytes()  # once: what is hashed is what is loaded
     sha256 = hashlib.sha256(content).hexdigest()
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file made to harm may raise anything while it is read
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"inception_weights={path}: it holds more than tensors, or is damaged ({reason})") from error
+        with reading(path, "file of weights"):
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except CheckpointError as error:
+        raise WeightsError(f"inception_weights={error}") from error
     # torch-fidelity would unpickle the file without restraint: it gets a copy that we made of the tensors.
     trusted = io.BytesIO()
     try:

@@ -51,7 +51,7 @@ ALLOWED = {
     "sampling": {"diffusion", "files", "images", "progress", "runtime", "samplers", "seeding"},
     "interchange": {"ddpm_unet"},
     "encoder": {"checkpoint", "files", "images", "progress", "runtime", "seeding"},
-    "features": {"encoder", "files", "images", "progress"},
+    "features": {"checkpoint", "encoder", "files", "images", "progress"},
     "neighbours": {"images", "progress"},
     "comparison": set(),
     "references": {"comparison", "files", "stage"},

@@ -308,7 +308,7 @@ class Canary:
 def test_weights_that_carry_code_are_refused_and_nothing_runs(tmp_path, write):
     path, canary = tmp_path / "weights.pth", tmp_path / "canary"
     write({"fc.bias": torch.zeros(1008), "code": Canary(canary)}, path)
-    with pytest.raises(WeightsError, match=f"inception_weights={path}: it holds more than tensors, or is damaged"):
+    with pytest.raises(WeightsError, match=f"inception_weights={path} is no file of weights, or damaged"):
         load_inception(path)
     assert not canary.exists()
     if write is torch.save:  # what torch-fidelity alone would do

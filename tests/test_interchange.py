@@ -360,7 +360,7 @@ def test_a_file_that_is_no_state_dict_is_refused_and_executes_nothing(call, comp
     call("checkpoint=model.safetensors", "out=exported")
     file = tmp_path / "exported" / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(SystemExit, match="diffusion_pytorch_model.safetensors holds no weights, or is damaged"):
+    with pytest.raises(SystemExit, match="diffusion_pytorch_model.safetensors is no file of weights, or damaged"):
         call("checkpoint=exported", "out=back.safetensors")
     file.unlink()
     with pytest.raises(SystemExit, match="there is neither diffusion_pytorch_model.safetensors nor"):
