@@ -24,8 +24,8 @@ from yaml import YAMLError
 
 from modeling import comparison
 from modeling.comparison import Band, ComparisonError, RunRecord, comparable
-from modeling.references import choose_reference, describe_changes, load_references, make_reference, save_reference
-from modeling.stage import differences
+from modeling.references import choose_reference, load_references, make_reference, save_reference
+from modeling.stage import describe_changes, differences
 
 ROOT = Path(__file__).parent
 

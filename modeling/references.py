@@ -9,7 +9,7 @@ import numpy as np
 
 from modeling.comparison import POINT, ComparisonError, Curve, RunRecord, comparable
 from modeling.files import write_atomically
-from modeling.stage import differences
+from modeling.stage import describe_changes, differences
 
 NUM_POINTS = 100  # of a reference's curve, at most
 MIN_LINES = 30  # of metrics.jsonl, to know a scatter
@@ -129,9 +129,3 @@ def choose_reference(references: dict[str, dict], config: dict, name: str | None
     if len(nearest) > 1:
         raise ComparisonError(f"{', '.join(nearest)} differ in {fewest} keys each: choose one with --reference")
     return references[nearest[0]], found[nearest[0]]
-
-
-def describe_changes(changed: dict[str, tuple]) -> str:
-    return "; ".join(
-        f"{key}: {json.dumps(there)} there, {json.dumps(here)} here" for key, (there, here) in changed.items()
-    )

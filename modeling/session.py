@@ -17,7 +17,7 @@ from modeling.run import Run
 from modeling.run_folder import RunError, RunFolder, describe_state
 from modeling.run_step import TrainState
 from modeling.signals import Stopped
-from modeling.stage import describe_differences, differences, identify, run_length, run_name
+from modeling.stage import describe_changes, describe_differences, differences, identify, run_length, run_name
 
 ARTEFACTS = ("config.yaml", "metrics.json", "metrics.jsonl", "loss.csv", "heldout.csv", "samples", "model.safetensors")
 
@@ -43,7 +43,7 @@ def _identify(config: Config, manifest: dict) -> tuple[dict, dict | None]:
     changed = differences(origin_identity, identity)
     refused = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in MUST_MATCH)]
     if refused:
-        how = "; ".join(f"{key}: {changed[key][0]} there, {changed[key][1]} here" for key in refused)
+        how = describe_changes({key: changed[key] for key in refused})
         raise RunError(f"runtime.resume={resume}: another run's state cannot be taken up ({how})")
     if changed:  # else it is this very run, and its result that of one uninterrupted run
         identity = identify(*facts, origin=origin_name)

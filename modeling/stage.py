@@ -63,10 +63,14 @@ def differences(found: dict, wanted: dict, prefix: str = "") -> dict[str, tuple]
     return result
 
 
+def describe_changes(changed: dict[str, tuple]) -> str:
+    """What `differences` found, in a line."""
+    return "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in changed.items())
+
+
 def describe_differences(found: dict, wanted: dict) -> str:
     """`differences` in a line."""
-    parts = [f"{key}: {theirs} there, {ours} here" for key, (theirs, ours) in differences(found, wanted).items()]
-    return "; ".join(parts)
+    return describe_changes(differences(found, wanted))
 
 
 def parse_stage(values: DictConfig) -> Config:
