@@ -34,7 +34,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a ValueError for a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
@@ -67,8 +68,8 @@ class DiffusionModel(nn.Module):
         weighting: str = "uniform",
     ):
         super().__init__()
-        _check_choice("prediction", prediction, PREDICTIONS)
-        _check_choice("weighting", weighting, WEIGHTINGS)
+        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("weighting", weighting, WEIGHTINGS)
         if not isinstance(betas, Tensor):
             betas = linear_betas(*betas, num_timesteps)
         elif betas.shape != (num_timesteps,):
@@ -204,7 +205,7 @@ class DiffusionModel(nn.Module):
 
     def p_variance(self, timestep: int, variance: str = "large") -> float:
         """sigma_t^2: beta_t ("large") or beta tilde_t ("small"), section 3.2."""
-        _check_choice("variance", variance, VARIANCES)
+        check_choice("variance", variance, VARIANCES)
         if variance == "small":
             return self.posterior_variance(timestep)
         return self.schedules_float64["betas"][timestep].item()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from modeling.diffusion import VARIANCES, Bar, DiffusionModel, evaluating, starting_noise
+from modeling.diffusion import VARIANCES, Bar, DiffusionModel, check_choice, evaluating, starting_noise
 from modeling.runtime import autocast
 from modeling.seeding import image_noise
 
@@ -28,8 +28,7 @@ def ancestral(variance: str = "small") -> Update:
     Raises:
         ValueError: for another variance.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
+    check_choice("variance", variance, VARIANCES)
 
     def update(x: Tensor, eps: Tensor, x_0: Tensor, abar: float, abar_next: float, noise: Callable) -> Tensor:
         alpha = abar / abar_next
@@ -135,8 +134,7 @@ def sample(
     Raises:
         ValueError: for an unknown sampler, num_steps outside 1..T, noise of another shape, or as the sampler.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {tuple(SAMPLERS)}, got {sampler!r}")
+    check_choice("sampler", sampler, tuple(SAMPLERS))
     update = SAMPLERS[sampler](**options)
     timesteps = respaced_timesteps(model.num_timesteps, num_steps or model.num_timesteps)
     x, step_noise = starting_noise(num_samples, size, device, noise, step_noise, generator)
