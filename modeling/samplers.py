@@ -169,12 +169,11 @@ def sample_images(
     Args:
         first_image: number of the first; the others follow.
         precision: "fp32", or "bf16" for the network's matrix products; the steps between them are float32.
-        options: of `sample`.
+        options: of `sample`, beside its noise.
 
     Returns:
         (B, *size), about [-1, 1].
     """
     drawn = image_noise(seed, torch.arange(first_image, first_image + num_samples, device=device), size)
-    options.setdefault("noise", drawn(0))
     with autocast(device, precision):
-        return sample(model, num_samples, size, device, step_noise=drawn, **options)
+        return sample(model, num_samples, size, device, noise=drawn(0), step_noise=drawn, **options)
