@@ -53,7 +53,8 @@ def print_controls(options: EncoderConfig) -> None:
 
     from modeling.build import build_runtime
     from modeling.cifar10 import load_cifar10
-    from modeling.features import control_distances, load_own_encoder
+    from modeling.controls import control_distances
+    from modeling.features import load_own_encoder
 
     device, _ = build_runtime(options)
     extractor = load_own_encoder(options.out, device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modeling.checkpoint import CheckpointError, reading
-from modeling.encoder import control_images, images_sha256, load_encoder
+from modeling.encoder import images_sha256, load_encoder
 from modeling.files import sha256_of, write_atomically
 from modeling.images import to_model_range
 from modeling.progress import progress_bar
@@ -252,14 +252,3 @@ def name_values(values: dict, extractor: str, num_images: int, reference_num_ima
     if extractor == "inception-2015" and num_images == reference_num_images == _PUBLISHED_NUM_IMAGES:
         return {_PUBLISHED.get(name, name): value for name, value in values.items()}
     return {f"{extractor}/{name}": value for name, value in values.items()}
-
-
-def control_distances(extractor: Extractor, train: Tensor, test: Tensor, *, num_images: int | None = None) -> dict:
-    """Frechet distances that must rise from row to row, or the features are of no use; see `control_images`.
-
-    All are from the same training images and between equally many images: the distance depends on how many they are.
-    """
-    reference, controls = control_images(train, test, num_images)
-    reference = extract_features(extractor, reference, desc="reference").values
-    features = {name: extract_features(extractor, images, desc=name).values for name, images in controls.items()}
-    return {name: frechet_distance(values, reference) for name, values in features.items()}

@@ -52,6 +52,7 @@ ALLOWED = {
     "interchange": {"ddpm_unet"},
     "encoder": {"checkpoint", "files", "images", "progress", "runtime", "seeding"},
     "features": {"checkpoint", "encoder", "files", "images", "progress"},
+    "controls": {"features", "seeding"},
     "neighbours": {"images", "progress"},
     "comparison": set(),
     "references": {"comparison", "files", "stage"},

@@ -1,4 +1,4 @@
-"""The small classifier: its shape, its training, its file, and the images that validate its features."""
+"""The small classifier: its shape, its training, its file and its script."""
 
 import math
 import subprocess
@@ -16,7 +16,6 @@ from modeling.encoder import (
     Encoder,
     accuracy,
     augment,
-    control_images,
     images_sha256,
     load_encoder,
     save_encoder,
@@ -194,50 +193,6 @@ def test_the_hash_of_images_is_of_their_bytes_and_shape():
     changed[-1, -1, -1, -1] ^= 1
     variants = (IMAGES, changed, IMAGES.flip(0), IMAGES[:39], IMAGES.reshape(20, 6, 32, 32), IMAGES.transpose(2, 3))
     assert len({images_sha256(images) for images in variants}) == 6
-
-
-# ---- the controls
-
-
-def test_each_control_is_what_it_is_called():
-    train, test = random_images(80, 3, 8, 8, seed=1), random_images(30, 3, 8, 8, seed=2)
-    reference, controls = control_images(train, test)
-    assert list(controls) == ["train halves", "train / test", "noise", "blur", "Gaussian", "uniform"]
-    assert all(images.shape == (30, 3, 8, 8) and images.dtype == torch.uint8 for images in controls.values())
-    assert torch.equal(reference, train[:30])
-    assert torch.equal(controls["train halves"], train[30:60])
-    assert torch.equal(controls["train / test"], test)
-    assert controls["uniform"].flatten().bincount(minlength=256).min() > 0
-    again = control_images(train, test)[1]
-    assert equal(controls, again)
-    assert torch.equal(control_images(train, test, 7)[1]["uniform"], controls["uniform"][:7])
-
-
-def test_on_grey_images_blur_does_nothing_and_noise_has_its_standard_deviation():
-    grey = torch.full((1000, 3, 8, 8), 128, dtype=torch.uint8)
-    controls = control_images(grey, grey, 500)[1]
-    assert torch.equal(controls["blur"], grey[:500])
-    assert torch.equal(controls["Gaussian"], grey[:500])  # no pixel varies
-    difference = controls["noise"].double() - 128
-    assert difference.std().item() == pytest.approx(math.sqrt(15**2 + 1 / 12), rel=0.01)  # 1/12 by rounding
-    assert difference.mean().item() == pytest.approx(0, abs=0.1)
-
-
-def test_the_gaussian_control_has_the_mean_and_covariance_of_the_images():
-    common = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
-    own = torch.randn(4000, 48, generator=torch.Generator().manual_seed(1))
-    train = (120 + 20 * common + 10 * own).round().to(torch.uint8).reshape(4000, 3, 4, 4)
-    drawn = control_images(train, train)[1]["Gaussian"].flatten(1).double()
-    images = train[:2000].flatten(1).double()
-    assert (drawn.mean(0) - images.mean(0)).abs().max() < 5 * 22.4 / 2000**0.5
-    covariances = torch.cov(drawn.T), torch.cov(images.T)
-    torch.testing.assert_close(*covariances, atol=5 * 500 * (2 / 2000) ** 0.5, rtol=0)
-
-
-@pytest.mark.parametrize("count", [0, 31, 41])
-def test_more_controls_than_there_are_images_are_refused(count):
-    with pytest.raises(ValueError, match=f"num_images must lie in 1..30 .*got {count}"):
-        control_images(random_images(80, 3, 4, 4), random_images(30, 3, 4, 4), count)
 
 
 # ---- the script

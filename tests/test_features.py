@@ -19,12 +19,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 from torch_fidelity.utils import create_feature_extractor
 
 from modeling import features
-from modeling.cifar10 import load_cifar10
-from modeling.encoder import Encoder, control_images, images_sha256, load_encoder, save_encoder
+from modeling.encoder import Encoder, images_sha256, load_encoder, save_encoder
 from modeling.features import (
     Features,
     WeightsError,
-    control_distances,
     extract_features,
     frechet_distance,
     load_inception,
@@ -34,12 +32,10 @@ from modeling.features import (
 )
 from modeling.files import sha256_of
 from modeling.images import to_model_range
-from tests.conftest import ROOT
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=GENERATOR)
 OTHERS = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8, generator=GENERATOR) // 2
-TRAINED = ROOT / "encoders" / "cifar10.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -406,27 +402,3 @@ def test_what_lies_in_the_place_of_the_official_file_is_checked_too(hub, monkeyp
     (hub / "weights.pth").write_bytes(b"anything")
     with pytest.raises(WeightsError, match="is not http.*which it was taken for: delete it"):
         load_inception()
-
-
-# ---- the controls
-
-
-@pytest.mark.long
-def test_each_control_is_measured_against_the_same_training_images(encoder_path):
-    extractor, train, test = load_own_encoder(encoder_path), torch.cat([IMAGES, OTHERS]), OTHERS.flip(0)
-    table = control_distances(extractor, train, test, num_images=20)
-    reference, controls = control_images(train, test, 20)
-    values = {name: extract_features(extractor, images).values for name, images in controls.items()}
-    reference = extract_features(extractor, reference).values
-    assert table == {name: frechet_distance(value, reference) for name, value in values.items()}
-    assert table["uniform"] != table["Gaussian"]
-
-
-@pytest.mark.data
-@pytest.mark.long
-@pytest.mark.skipif(not TRAINED.is_file(), reason="there is no encoders/cifar10.safetensors: make encoder")
-def test_in_the_encoders_features_the_controls_distances_rise(cifar10_archive):
-    table = control_distances(load_own_encoder(TRAINED), *map(torch.from_numpy, load_cifar10(cifar10_archive, ())))
-    assert list(table) == ["train halves", "train / test", "noise", "blur", "Gaussian", "uniform"]
-    distances = list(table.values())
-    assert distances == sorted(set(distances))
