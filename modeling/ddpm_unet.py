@@ -34,7 +34,7 @@ def embed_time(t: Tensor, num_features: int) -> Tensor:
 
 
 def _group_norm(channels: int) -> GroupNorm:
-    """32 groups as in the paper wherever that leaves at least 4 channels a group (from 128 channels on)."""
+    """The paper's 32 groups for multiples of 128 channels; fewer, of a multiple of 4 channels each, for others."""
     return GroupNorm(math.gcd(channels // 4, 32), channels, eps=1e-6)
 
 
