@@ -141,7 +141,7 @@ def layers() -> Tables:
         title = f"GroupNorm of {channels} channels in {num_groups} groups at {pixels}x{pixels}, bf16"
         yield title, cases
     case = {"name": "relu", "channels": 128, "pixels": 32}
-    yield "ReLU of 128 channels at 32x32, bf16", {
+    yield "ReLU of 128 channels at 32x32, bf16, forward", {
         "PyTorch's": case | {"is_ours": False}, "ours": case | {"is_ours": True}
     }  # fmt: skip
 
