@@ -23,9 +23,12 @@ from benchmarks.report import describe_machine, to_markdown
 from benchmarks.start import measure_start
 from benchmarks.turns import measure
 from modeling.cifar10 import PreparationError, read_members
+from modeling.runtime import resolve_precision
 
 ARCHIVE = Path("downloads/cifar-10-python.tar.gz")
-PEAK = {"the peak: a bf16 matrix product": {"name": "peak matmul"}}  # in turns with the rest
+IS_WITHOUT_BF16 = torch.cuda.is_available() and resolve_precision("auto", torch.device("cuda")) == "fp32"
+FAST = "fp16" if IS_WITHOUT_BF16 else "bf16"
+PEAK = {f"the peak: a {FAST} matrix product": {"name": "peak matmul", "precision": FAST}}  # in turns with the rest
 NETWORKS = {  # what the tables call it -> overrides
     "unet 32": ["model=unet", "model.hidden_size=32"],
     "unet 64": ["model=unet", "model.hidden_size=64"],
@@ -58,9 +61,23 @@ def peaks() -> Tables:
     cases = {
         f"{precision} {what}": {"name": f"peak {kind}", "precision": precision}
         for what, kind in (("matrix product, 4096", "matmul"), ("convolution, 256 channels, 16x16", "convolution"))
-        for precision in ("fp32", "bf16")
+        for precision in ("fp32", FAST)
     }
     yield "Peaks", cases
+
+
+def loading() -> Tables:
+    """Batches without training: what the input pipeline can give."""
+    with extracted_cifar10() as cifar10:
+        reference = {"name": "reference loading", "batch_size": 128, "cifar10": cifar10}
+        yield (
+            "Loading, batch 128",
+            {
+                "the tutorials' loader": reference,
+                "the same, 2 loader workers": reference | {"num_workers": 2},
+                "ours": {"name": "our loading", "overrides": [], "batch_size": 128},
+            },
+        )
 
 
 def training() -> Tables:
@@ -76,7 +93,7 @@ def training() -> Tables:
                 cases["ours"] = ours
                 if torch.cuda.is_available():
                     cases["ours, torch.compile"] = ours | {"overrides": [*overrides, "runtime.compile=true"]}
-                    if not torch.cuda.is_bf16_supported(including_emulation=False):
+                    if IS_WITHOUT_BF16:
                         cases["ours, fp16"] = ours | {"overrides": [*overrides, "runtime.precision=fp16"]}
                 if network == "ddpm 128" and batch_size == 16:
                     for package, name in (("diffusers", "diffusers"), ("denoising_diffusion_pytorch", "lucidrains")):
@@ -216,7 +233,9 @@ def main() -> None:
     print(report)
 
 
-SECTIONS = {section.__name__: section for section in (peaks, training, steps, micro_batches, layers, sampling, scaling)}
+SECTIONS = {
+    section.__name__: section for section in (peaks, loading, training, steps, micro_batches, layers, sampling, scaling)
+}
 
 if __name__ == "__main__":
     main()

@@ -89,7 +89,7 @@ def main(values: DictConfig) -> None:
                         write_atomically(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
                         shutil.rmtree(out / f"{name}.partial", ignore_errors=True)
                     _print(name, record[name])
-        except (CheckpointError, LockedError, FileNotFoundError, ValueError) as error:
+        except (CheckpointError, LockedError, FileNotFoundError, FloatingPointError, ValueError) as error:
             sys.exit(str(error))
         except OSError as error:
             sys.exit(f"{error.filename}: {error.strerror}; what was measured before is untouched")

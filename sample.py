@@ -59,7 +59,7 @@ def main(values: DictConfig) -> None:
                     bar=partial(progress_bar, desc="sampling"), **trained.sampler,
                 )  # fmt: skip
                 save_grid(images, out, num_columns=10)
-        except (CheckpointError, LockedError, FileNotFoundError, ValueError) as error:
+        except (CheckpointError, LockedError, FileNotFoundError, FloatingPointError, ValueError) as error:
             sys.exit(str(error))
     print(out)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks.contender import Contender, synchronise
 from modeling.layers import GroupNorm, ReLU
-from modeling.runtime import keep_freed_memory, resolve_device
+from modeling.runtime import DTYPES, keep_freed_memory, resolve_device
 
 
 def group_norm(channels: int, num_groups: int, pixels: int, is_channels_last: bool, is_ours: bool) -> Contender:
@@ -43,7 +43,7 @@ def relu(channels: int, pixels: int, is_ours: bool) -> Contender:
 def peak_matmul(precision: str = "bf16", size: int = 4096) -> Contender:
     """A product of two large square matrices; an "image" is one product."""
     device = resolve_device("auto")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision] or torch.float32
     a = torch.randn(size, size, dtype=dtype, device=device)
     out = torch.empty_like(a)
 
@@ -58,7 +58,7 @@ def peak_matmul(precision: str = "bf16", size: int = 4096) -> Contender:
 def peak_convolution(precision: str = "bf16", batch_size: int = 32) -> Contender:
     """A 3x3 convolution of 256 to 256 channels at 16x16, channels last; an "image" is one of the batch."""
     device = resolve_device("auto")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision] or torch.float32
     layer = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
     x = torch.randn(batch_size, 256, 16, 16, device=device, dtype=dtype).to(memory_format=torch.channels_last)
 

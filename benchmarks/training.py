@@ -119,6 +119,32 @@ def reference_training(
     return Contender(run, batch_size, flops)
 
 
+def reference_loading(batch_size: int, cifar10: str, *, num_workers: int = 0) -> Contender:
+    """The batches of the tutorials' loop, without any training."""
+    loader = _torchvision_batches(cifar10, batch_size, num_workers)
+
+    def run(num_steps: int) -> None:
+        for _ in range(num_steps):
+            next(loader)
+
+    return Contender(run, batch_size, 0)
+
+
+def our_loading(overrides: list[str], batch_size: int) -> Contender:
+    """The batches of `main.py`, without any training."""
+    config = compose([*overrides, f"train.batch_size={batch_size}"])
+    images = load_images(Path(config.dataset.root) / config.dataset.name, "train", read_manifest(config.dataset))
+    device, _ = build.build_runtime(config.runtime)
+    loader = iter(build.build_batches(config, images, device).loader(range(10**9), device=device))
+
+    def run(num_steps: int) -> None:
+        for _ in range(num_steps):
+            to_model_range(next(loader).to(device, non_blocking=True))
+        synchronise(device)
+
+    return Contender(run, batch_size, 0)
+
+
 def our_run(overrides: list[str], folder: str) -> Run:
     """The objects that `main.py` makes from these overrides."""
     config = compose(overrides)

@@ -11,12 +11,14 @@ import time
 from benchmarks.kernels import group_norm, peak_convolution, peak_matmul, relu
 from benchmarks.peers import diffusers_training, lucidrains_training
 from benchmarks.sampling import our_sampling, reference_sampling
-from benchmarks.training import our_training, reference_training
+from benchmarks.training import our_loading, our_training, reference_loading, reference_training
 from modeling.config import ConfigError
 from modeling.run_folder import RunError
 from modeling.runtime import peak_memory_bytes
 
 CONTENDERS = {
+    "reference loading": reference_loading,
+    "our loading": our_loading,
     "reference training": reference_training,
     "our training": our_training,
     "diffusers training": diffusers_training,

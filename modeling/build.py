@@ -5,6 +5,7 @@ checkpoint must not be able to name code.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -132,8 +133,10 @@ def build_runtime(section: Machine) -> tuple[torch.device, str]:
     if device.type == "cuda" and section.deterministic:
         use_deterministic_algorithms()
     elif device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        torch.backends.cudnn.benchmark = True  # batches have one shape, or two when they come in parts
     else:
+        if section.precision == "fp16":
+            print("warning: precision=fp16 on a CPU is emulated, about 80 times slower than fp32", file=sys.stderr)
         limit_threads()
         if section.keep_freed_memory:
             keep_freed_memory()

@@ -148,7 +148,7 @@ class Machine(Section):
 
 class Runtime(Machine):
     compile: bool
-    micro_batch_size: PositiveInt | None  # images of a batch that go through the network at a time; null: by the device
+    micro_batch_size: PositiveInt | None  # at most so many images go through the network at a time; null: by the device
     num_workers: Annotated[int, Field(ge=0, le=64)]
     output_dir: Text | None  # the run's folder; null: runs/<readable name>-<hash>
     resume: Text  # auto: from the folder's newest checkpoint; never: from zero; or a checkpoint's path to start from

@@ -94,7 +94,7 @@ def measure_errors(
             equal parts, by which the estimate stays unbiased; None for all T - 1.
         first_image: number of the first, on which its noise depends: images may be measured in parts.
         batch_size: images at a time; results depend on it by rounding only.
-        precision: "fp32", or "bf16" for the network's matrix products.
+        precision: "fp32", or "bf16" or "fp16" for the network's matrix products.
         bar: wraps the K + 1 measurements of each batch, a list, for a progress bar.
 
     Returns:

@@ -98,7 +98,7 @@ def load_inception(inception_weights: str | Path | None = None, device: torch.de
     try:
         with reading(path, "file of weights"):
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise WeightsError(f"inception_weights={error}") from error
     # torch-fidelity would unpickle the file without restraint: it gets a copy that we made of the tensors.
     trusted = io.BytesIO()

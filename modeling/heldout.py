@@ -6,7 +6,7 @@ from torch import Tensor
 from modeling.diffusion import DiffusionModel, evaluating
 from modeling.images import to_model_range
 from modeling.progress import progress_bar
-from modeling.runtime import autocast
+from modeling.runtime import autocast, check_finite
 from modeling.seeding import Purpose, draw_normal
 
 _SEED = 0  # fixed, not the run's: every run is measured with the same noise
@@ -34,6 +34,9 @@ def denoising_loss(
     Returns:
         The mean loss, and that of each bin of timesteps under its bounds, such as "101-200"; a bin in which no image
         falls is left out.
+
+    Raises:
+        FloatingPointError: when the loss is not finite.
     """
     total = model.num_timesteps
     timesteps = torch.arange(len(images)) * total // len(images) + 1  # (N,), 1..T
@@ -46,6 +49,7 @@ def denoising_loss(
             noise = draw_normal(_SEED, Purpose.EVALUATION, 0, index, images.shape[1:])
             losses.append(model.eps_losses(x_0, timesteps[start : start + batch_size].to(device), noise).cpu())
     loss = torch.cat(losses).double()
+    check_finite(loss, desc, precision)
     num_bins = min(num_bins, total)
     bins = {}
     for number in range(num_bins):

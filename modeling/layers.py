@@ -50,6 +50,11 @@ class GroupNorm(nn.GroupNorm):
         )
         if is_slow:
             return _ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        if x.device.type == "cuda" and x.dtype != self.weight.dtype:
+            # Autocast would compute in float32 and hand that on, to layers that only move memory. The kernel has its
+            # statistics in float32 all the same.
+            with torch.autocast("cuda", enabled=False):
+                return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
@@ -58,7 +63,7 @@ class _IntegerReLU(torch.autograd.Function):
 
     PyTorch widens every element to float32 and narrows it again; comparing them as 16-bit integers is 4 times faster.
     An element is negative if its integer is. From -128 down that is a number or -inf and becomes 0; above are the NaNs
-    with a sign, which stay.
+    with a sign, which stay (their gradient is 0, where PyTorch's passes).
     """
 
     @staticmethod

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 INITIAL_SCALE = 2.0**16
-PATIENCE = 2000  # steps in a row that must be finite before a larger scale is tried
+GROWTH_INTERVAL = 2000  # steps in a row that must be finite before a larger scale is tried
 
 
 class LossScale:
     """The factor of the loss: halved after a step that overflows, doubled after 2,000 in a row that do not.
 
-    Micikevicius et al. 2018 (arXiv 1710.03740, section 3.2). Powers of two, so that scaling rounds nothing.
+    Scaling: Micikevicius et al. 2018 (arXiv 1710.03740, section 3.2); the numbers are those of `torch.amp.GradScaler`,
+    which would also decide on its own which steps count. Powers of two, so that scaling rounds nothing.
 
     Args:
         scale: to begin with.
@@ -29,6 +30,6 @@ class LossScale:
     def update(self, is_skipped: Tensor) -> None:
         """After each step; is_skipped is a scalar bool, True where loss or gradient was not finite."""
         num_finite = self.num_finite + 1
-        is_due = ~is_skipped & (num_finite == PATIENCE)
+        is_due = ~is_skipped & (num_finite == GROWTH_INTERVAL)
         self.scale = self.scale * torch.where(is_skipped, 0.5, torch.where(is_due, 2.0, 1.0))
         self.num_finite = torch.where(is_skipped | is_due, 0, num_finite)

@@ -44,7 +44,7 @@ class Run:
         self.config, self.folder, self.device, self.precision = config, folder, device, precision
         self.last_step = run_length(config, manifest)
         self.micro_batch_size = resolve_micro_batch_size(
-            config.runtime.micro_batch_size, device, config.train.batch_size
+            config.runtime.micro_batch_size, device, config.train.batch_size, config.model.hidden_size
         )
         try:
             data = Path(config.dataset.root) / config.dataset.name
@@ -71,7 +71,7 @@ class Run:
         return (
             f"{to_yaml(self.config)}\n"
             f"model       {self.config.model.name}, {self.num_parameters:,} parameters\n"
-            f"device      {self.device}{threads}, {self.precision}\n"
+            f"device      {self.device}{threads}, {self.precision}, {self.micro_batch_size} images at a time\n"
             f"training    {self.last_step:,} steps of {self.batches.batch_size} images, "
             f"{self.batches.steps_per_epoch:,} steps an epoch{at}\n"
             f"run folder  {self.folder.path}/\n"

@@ -62,6 +62,8 @@ class RunStep:
     A step whose loss or gradient is not finite changes neither weights nor average nor optimizer; it is counted, and
     the run goes on with the next batch.
 
+    Dropout alone draws from torch's generator, seeded for each step: its masks depend on the size of the micro-batches.
+
     Args:
         train_step: `modeling.training.train_step`.
         state: where the run stands; step k is `state.step`, from 0.
@@ -183,7 +185,8 @@ class RunStep:
                     raise FloatingPointError(
                         f"the loss or its gradient was not finite in {self.max_skipped_in_row} steps in a row "
                         f"({step - self.max_skipped_in_row + 1} to {step}): "
-                        "try a lower optimizer.lr, or optimizer.max_grad_norm=1"
+                        "try a lower optimizer.lr, optimizer.max_grad_norm=1"
+                        + (" or runtime.precision=fp32" if self.precision == "fp16" else "")
                     )
                 continue
             state.num_skipped_in_row = 0

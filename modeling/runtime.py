@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,13 +48,14 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def resolve_micro_batch_size(size: int | None, device: torch.device, batch_size: int) -> int:
+def resolve_micro_batch_size(size: int | None, device: torch.device, batch_size: int, hidden_size: int) -> int:
     """Images that go through the network at a time, for `runtime.micro_batch_size`.
 
-    By default 64 on a CPU, where larger batches take more memory and are no faster (docs/speed.md), else whole batches.
+    By default 64 on a CPU at width 128, more or fewer at others, so that they take the same memory: larger parts are
+    hardly faster there (docs/speed.md). Whole batches elsewhere.
     """
     if size is None:
-        size = 64 if device.type == "cpu" else batch_size
+        size = max(1, 64 * 128 // hidden_size) if device.type == "cpu" else batch_size
     return min(size, batch_size)
 
 
@@ -64,6 +65,13 @@ def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractC
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+def check_finite(values: Tensor, what: str, precision: str) -> None:
+    """Raises FloatingPointError unless all values are finite (CPU-GPU sync)."""
+    if not torch.isfinite(values).all():
+        remedy = ": fp16 ends at 65,504, try precision=fp32" if precision == "fp16" else ""
+        raise FloatingPointError(f"{what} is not finite in {precision}{remedy}")
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:

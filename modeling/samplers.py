@@ -168,7 +168,7 @@ def sample_images(
 
     Args:
         first_image: number of the first; the others follow.
-        precision: "fp32", or "bf16" for the network's matrix products; the steps between them are float32.
+        precision: "fp32", or "bf16" or "fp16" for the network's matrix products; the steps between them are float32.
         options: of `sample`, beside its noise.
 
     Returns:

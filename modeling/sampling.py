@@ -16,7 +16,7 @@ from modeling.diffusion import DiffusionModel
 from modeling.files import locked, write_atomically
 from modeling.images import encode_png, save_grid, to_uint8
 from modeling.progress import progress_bar
-from modeling.runtime import autocast
+from modeling.runtime import autocast, check_finite
 from modeling.samplers import sample, sample_images
 from modeling.seeding import image_noise
 
@@ -105,6 +105,10 @@ def draw_samples(
 
     Returns:
         (num_images, C, H, W) uint8.
+
+    Raises:
+        FloatingPointError: for a sample that is not finite.
+        ValueError, LockedError: as `draw_in_parts`.
     """
     with progress_bar(total=num_images * num_steps, unit="image", unit_scale=1 / num_steps, desc="sampling") as bar:
 
@@ -113,6 +117,7 @@ def draw_samples(
             images = sample_images(
                 model, count, size, device, first_image=start, num_steps=num_steps, bar=counted, **options
             )
+            check_finite(images, "a sample", options.get("precision", "fp32"))
             return to_uint8(images)
 
         return draw_in_parts(folder, identity, num_images, batch_size, draw, replace=replace)

@@ -65,7 +65,9 @@ def differences(found: dict, wanted: dict, prefix: str = "") -> dict[str, tuple]
 
 def describe_changes(changed: dict[str, tuple]) -> str:
     """What `differences` found, in a line."""
-    return "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in changed.items())
+    return "; ".join(
+        f"{key}: {json.dumps(there)} there, {json.dumps(here)} here" for key, (there, here) in changed.items()
+    )
 
 
 def describe_differences(found: dict, wanted: dict) -> str:

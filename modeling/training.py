@@ -45,7 +45,7 @@ def train_step(
         noise: (B, C, H, W), drawn by the model if not given.
         precision: "fp32", or "bf16" or "fp16" for the network's matrix products (loss and weights stay float32).
         micro_batch_size: at most so many images go through the network at a time, and their gradients add up to that of
-            the batch: the same step up to rounding, in less memory. None for all at once.
+            the batch: the same step up to rounding (with dropout, up to other masks), in less memory. None for all.
         loss_scale: the gradients are those of the loss times this; see `modeling.loss_scale`.
         update: called with the loss, once the gradients are there, in the place of `optimizer.step()`.
 
@@ -53,15 +53,15 @@ def train_step(
         The loss, a detached scalar on the device.
     """
     inputs = inputs.to(device, non_blocking=True)
-    num_parts = math.ceil(len(inputs) / (micro_batch_size or len(inputs)))
+    num_parts = 1 if micro_batch_size is None else math.ceil(len(inputs) / micro_batch_size)
     parts = [repeat(None) if rows is None else rows.tensor_split(num_parts) for rows in (inputs, timesteps, noise)]
     optimizer.zero_grad()
-    loss = torch.zeros((), device=device)
+    loss = 0.0
     for x_0, part_timesteps, part_noise in zip(*parts, strict=False):
         with autocast(device, precision):
             part_loss = model(x_0, timesteps=part_timesteps, noise=part_noise) * (len(x_0) / len(inputs))
         (part_loss * loss_scale).backward()
-        loss += part_loss.detach()
+        loss = loss + part_loss.detach()
     if update is None:
         optimizer.step()
     else:

@@ -32,6 +32,10 @@ TINY = [
 ]
 
 
+def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
 def equal(first, second) -> bool:
     """Whether two nested structures of tensors and plain values are the same to the bit."""
     if isinstance(first, torch.Tensor):

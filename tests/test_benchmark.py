@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from benchmarks import sampling, training
 from benchmarks.contender import compose, network_flops, plain_network
 from benchmarks.report import slope, table
 from benchmarks.worker import timed
-from tests.conftest import ROOT, TINY
+from modeling.build import build_batches
+from modeling.data import load_images
+from modeling.stage import read_manifest
+from tests.conftest import ROOT, TINY, equal
 
 
 @pytest.fixture
@@ -80,6 +84,16 @@ def test_both_loops_train_the_same_network_and_advance(overrides, tmp_path):
         done, seconds = timed(contender.run, 0.05)
         assert done >= 1
         assert seconds > 0
+
+
+def test_our_batches_alone_are_those_of_a_run(overrides, monkeypatch):
+    made = []
+    monkeypatch.setattr(training, "to_model_range", lambda batch: made.append(batch))
+    overrides = [*overrides, "runtime.device=cpu"]
+    training.our_loading(overrides, 4).run(3)
+    config = compose([*overrides, "train.batch_size=4"])
+    images = load_images(Path(config.dataset.root) / config.dataset.name, "train", read_manifest(config.dataset))
+    assert equal(made, [build_batches(config, images, torch.device("cpu"))[step] for step in range(3)])
 
 
 def test_our_loop_does_the_steps_it_counts(overrides, tmp_path, monkeypatch):

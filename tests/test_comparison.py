@@ -349,7 +349,7 @@ def test_losses_of_another_data_set_or_diffusion_are_not_compared(write_run, com
     assert command(run) == (2, "no comparable reference: there is none at all\n")
     command(run, "--save", "default")
     for name, changes, text in (
-        ("shapes", {"dataset__name": "shapes"}, "default (dataset.name: cifar10 there, shapes here)"),
+        ("shapes", {"dataset__name": "shapes"}, 'default (dataset.name: "cifar10" there, "shapes" here)'),
         ("short", {"diffusion__num_timesteps": 20}, "default (diffusion.num_timesteps: 1000 there, 20 here)"),
     ):
         assert command(write_run(losses, name, **changes)) == (2, f"no comparable reference: {text}\n")

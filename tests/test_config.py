@@ -244,7 +244,7 @@ def test_differences_are_told_key_by_key():
     found = {"seed": 1, "model": {"name": "unet", "hidden_size": 8}, "data": "a"}
     wanted = {"seed": 1, "model": {"name": "ddpm", "hidden_size": 8}, "code": "b"}
     assert describe_differences(found, wanted) == (
-        "code: None there, b here; data: a there, None here; model.name: unet there, ddpm here"
+        'code: null there, "b" here; data: "a" there, null here; model.name: "unet" there, "ddpm" here'
     )
 
 

@@ -9,8 +9,7 @@ from modeling.cifar10 import load_cifar10
 from modeling.controls import control_distances, control_images
 from modeling.encoder import Encoder, save_encoder
 from modeling.features import extract_features, frechet_distance, load_own_encoder
-from tests.conftest import ROOT, equal
-from tests.test_encoder import random_images
+from tests.conftest import ROOT, equal, random_images
 
 TRAINED = ROOT / "encoders" / "cifar10.safetensors"
 

@@ -24,12 +24,7 @@ from modeling.encoder import (
 from modeling.encoder import _learning_rate as learning_rate
 from modeling.files import sha256_of
 from modeling.seeding import Purpose, derive_seed
-from tests.conftest import ROOT, equal
-
-
-def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
+from tests.conftest import ROOT, equal, random_images
 
 IMAGES = random_images(40, 3, 32, 32)
 BRIGHTNESS = torch.arange(40) % 2

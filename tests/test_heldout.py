@@ -31,6 +31,12 @@ def test_it_does_not_depend_on_batch_size_or_torchs_generator():
     assert denoising_loss(model(function), IMAGES, "cpu")[0] == whole
 
 
+def test_a_loss_that_is_not_finite_is_an_error():
+    broken = model(lambda x, t: x * float("inf"))
+    with pytest.raises(FloatingPointError, match="^loss of a is not finite in fp32$"):
+        denoising_loss(broken, IMAGES, "cpu", desc="loss of a")
+
+
 def test_dropout_is_off():
     net = torch.nn.Dropout(0.5)
     measured = model(lambda x, t: net(x))

@@ -71,6 +71,20 @@ def test_bf16_stays_bf16_with_statistics_in_float32(calls):
     torch.testing.assert_close(y.float(), F.group_norm(x.float(), 8), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_cuda_keeps_the_precision_and_the_layout(dtype):
+    norm = GroupNorm(8, 32).cuda()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 32, 8, 8, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", dtype=dtype):
+        y = norm(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), nn.GroupNorm.forward(norm, x.float()), rtol=2**-6, atol=2**-6)
+
+
 def test_a_frozen_layer_passes_the_gradient_on():
     norm = GroupNorm(8, 32).requires_grad_(False)
     x = torch.randn(2, 32, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
@@ -90,7 +104,7 @@ def test_relu_is_relu_for_every_bfloat16():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gradient_of_relu_is_that_of_pytorch_to_the_bit(layout, monkeypatch):
+def test_the_gradient_of_relu_is_that_of_pytorch_to_the_bit(layout):
     x = torch.randn(2, 8, 5, 7).bfloat16().to(memory_format=LAYOUTS[layout])
     x[0, 0] = 0
     grad = torch.randn_like(x)

@@ -8,13 +8,9 @@ from PIL import Image
 from modeling import neighbours
 from modeling.images import make_grid
 from modeling.neighbours import memorisation_ratio, nearest_neighbours, save_neighbours
+from tests.conftest import random_images
 
-
-def random_images(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-SAMPLES, TRAIN, HELD_OUT = (random_images(count, seed) for seed, count in enumerate((20, 50, 30)))
+SAMPLES, TRAIN, HELD_OUT = (random_images(count, 3, 4, 4, seed=seed) for seed, count in enumerate((20, 50, 30)))
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])

@@ -137,17 +137,17 @@ def test_a_run_that_crashed_goes_on_to_the_same_result(tiny, straight, monkeypat
 @pytest.mark.parametrize(
     "mode",
     [
-        "runtime.micro_batch_size=5",
-        pytest.param("runtime.precision=fp32", marks=pytest.mark.long),
-        pytest.param("runtime.precision=fp16", marks=pytest.mark.long),
-        pytest.param("runtime.compile=true", marks=[pytest.mark.long, needs_compiler]),
+        ["runtime.micro_batch_size=5", "model.dropout=0.2"],
+        pytest.param(["runtime.precision=fp32"], marks=pytest.mark.long),
+        pytest.param(["runtime.precision=fp16"], marks=pytest.mark.long),
+        pytest.param(["runtime.compile=true"], marks=[pytest.mark.long, needs_compiler]),
     ],
 )
 @pytest.mark.fault("stop and go on")
 def test_a_run_that_crashed_goes_on_to_the_same_result_in_each_mode(tiny, monkeypatch, mode):
-    expected = train(tiny(mode), "straight")
-    crash(tiny, monkeypatch, 6, mode)
-    assert equal(train(tiny(mode), "stopped"), expected)
+    expected = train(tiny(*mode), "straight")
+    crash(tiny, monkeypatch, 6, *mode)
+    assert equal(train(tiny(*mode), "stopped"), expected)
 
 
 @pytest.mark.long
@@ -350,7 +350,7 @@ def test_another_learning_rate_goes_into_a_new_folder_and_is_told(tiny, straight
     [
         (["seed=1"], "seed: 0 there, 1 here"),
         (["model.hidden_size=16"], r"model\.hidden_size: 8 there, 16 here"),
-        (["model=unet", "model.hidden_size=8", "model.multipliers=null"], r"model\.name: ddpm there, unet here"),
+        (["model=unet", "model.hidden_size=8", "model.multipliers=null"], r'model\.name: "ddpm" there, "unet" here'),
         *[
             pytest.param(overrides, message, marks=pytest.mark.long)
             for overrides, message in [

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from modeling.build import build_runtime
-from modeling.config import parse
+from modeling.config import Machine, parse
 from modeling.progress import progress_bar
 from modeling.runtime import (
     autocast,
     available_cpus,
+    check_finite,
     keep_freed_memory,
     limit_threads,
     peak_memory_bytes,
     place,
     resolve_device,
+    resolve_micro_batch_size,
     resolve_precision,
 )
 from tests.conftest import ROOT
@@ -48,6 +50,40 @@ def test_matrix_products_run_in_the_precision(device, precision, dtype):
     a = torch.ones(2, 2, device=device)
     with autocast(device, precision):
         assert (a @ a).dtype == dtype
+
+
+def test_fp16_on_a_cpu_is_warned_of(capsys):
+    machine = Machine(device="cpu", precision="fp16", deterministic=False, keep_freed_memory=False)
+    assert build_runtime(machine) == (torch.device("cpu"), "fp16")
+    assert "80 times slower" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named_with_its_precision(value):
+    check_finite(torch.zeros(3), "a sample", "fp16")
+    with pytest.raises(FloatingPointError, match="^a sample is not finite in bf16$"):
+        check_finite(torch.tensor([0.0, value]), "a sample", "bf16")
+    with pytest.raises(FloatingPointError, match="fp16: fp16 ends at 65,504, try precision=fp32"):
+        check_finite(torch.tensor([0.0, value]), "a sample", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "batch_size", "hidden_size", "expected"),
+    [
+        (None, "cpu", 128, 128, 64),
+        (None, "cpu", 128, 32, 128),
+        (None, "cpu", 512, 32, 256),
+        (None, "cpu", 32, 128, 32),
+        (None, "cpu", 128, 4096, 2),
+        (None, "cuda", 128, 128, 128),
+        (16, "cuda", 128, 128, 16),
+        (500, "cpu", 128, 128, 128),
+    ],
+)
+def test_micro_batches_are_of_one_size_in_memory_on_a_cpu_and_whole_batches_elsewhere(
+    size, device, batch_size, hidden_size, expected
+):
+    assert resolve_micro_batch_size(size, torch.device(device), batch_size, hidden_size) == expected
 
 
 @pytest.mark.long

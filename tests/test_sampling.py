@@ -39,6 +39,13 @@ def test_images_do_not_depend_on_the_parts_they_are_drawn_in(tmp_path):
     assert len(whole.unique(dim=0)) == 7
 
 
+def test_samples_that_are_not_finite_are_an_error_and_leave_no_part(tmp_path):
+    broken = DiffusionModel(Lambda(lambda x, t: x * float("nan")), (0.01, 0.3), 12)
+    with pytest.raises(FloatingPointError, match="a sample is not finite in fp32"):
+        draw_samples(broken, 2, SIZE, "cpu", tmp_path, {}, batch_size=2, seed=1, num_steps=5)
+    assert not list(tmp_path.glob("*.npy"))
+
+
 def test_a_stopped_process_leaves_its_parts_to_the_next(tmp_path):
     drawn = []
 

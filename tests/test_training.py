@@ -515,6 +515,28 @@ def test_the_scale_of_the_loss_keeps_small_gradients():
     assert found[2.0**16] > 0
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_on_cuda_no_step_between_log_lines_waits_for_the_device(precision, micro_batch_size):
+    model = place(small_model(), torch.device("cuda"))
+    batches = Batches(IMAGES.cuda(), 4, seed=0)
+    step = Recorder(
+        model, 8, batches, precision=precision, micro_batch_size=micro_batch_size, log_every=100, checkpoint_every=100
+    ).step  # fmt: skip
+    optimizer = Adam(model.parameters(), fused=True)
+    inputs = [batches[number] for number in range(5)]
+    step(model, inputs[0], optimizer, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in inputs[1:]:
+            step(model, batch, optimizer, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.state.step == 5
+
+
 def test_an_fp16_run_taken_up_again_goes_on_with_its_scale():
     straight, _ = conv_run(6, precision="fp16", state=TrainState(loss_scale=2.0**25))
     model, first = conv_run(2, precision="fp16", state=TrainState(loss_scale=2.0**25))
