@@ -5,7 +5,6 @@ model.safetensors (averaged weights). metrics.json is written last: where it sta
 """
 
 import shutil
-import threading
 from pathlib import Path
 
 from modeling import build
@@ -101,18 +100,10 @@ def train(config: Config, manifest: dict, *, replace: bool = False) -> Path:
     return path
 
 
-def _import_compiler() -> None:
-    """What the first step of any optimizer does, compiled or not; it takes 2 s."""
-    import torch._dynamo  # noqa: F401
-
-
 def _carry_out(run: Run) -> None:
     """Everything from the run's present state to its last file."""
     config, folder = run.config, run.folder.path
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
-    # While W&B starts. What either does to the environment, it does while it holds the interpreter's lock.
-    importing = threading.Thread(target=_import_compiler, daemon=True)
-    importing.start()
     tracker = build.build_tracker(config, folder, run.state.step, run.folder.wandb_id)
 
     def log(step: int, metrics: dict[str, float]) -> None:
@@ -131,7 +122,6 @@ def _carry_out(run: Run) -> None:
 
     step = run.step(log, save)
     try:
-        importing.join()
         tracker.artifact(folder / "config.yaml", "config", "config")
         inputs = save_grid(run.batches[0][: config.train.num_samples], folder / "samples" / "inputs.png")
         tracker.image(0, "inputs", inputs)
