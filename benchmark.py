@@ -169,6 +169,7 @@ def sampling() -> Tables:
             case = {"overrides": NETWORKS[network], "batch_size": batch_size}
             cases = {
                 "the tutorials' loop, fp32": case | {"name": "reference sampling"},
+                "ours, with PyTorch's layers": case | {"name": "our sampling", "has_fast_layers": False},
                 "ours": case | {"name": "our sampling"},
             }
             cases |= PEAK

@@ -29,11 +29,15 @@ def reference_sampling(overrides: list[str], batch_size: int) -> Contender:
     return Contender(run, batch_size, flops)
 
 
-def our_sampling(overrides: list[str], batch_size: int) -> Contender:
-    """What `sample.py` does for each batch."""
+def our_sampling(overrides: list[str], batch_size: int, *, has_fast_layers: bool = True) -> Contender:
+    """What `sample.py` does for each batch.
+
+    Args:
+        has_fast_layers: else with PyTorch's own layers in the place of those of `modeling.layers`.
+    """
     config = compose(overrides)
     device, precision = build.build_runtime(config.runtime)
-    eps_model = build.build_eps_model(config.model)
+    eps_model = build.build_eps_model(config.model) if has_fast_layers else plain_network(config)
     flops = network_flops(eps_model, with_gradient=False)
     model = place(build.build_diffusion(config, eps_model), device)
 

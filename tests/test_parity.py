@@ -83,7 +83,7 @@ def train(images, network, seed, precision="fp32", is_placed=False, is_compiled=
 @pytest.mark.parametrize("network", ["ddpm", "unet"])
 @pytest.mark.parametrize(
     ("precision", "is_compiled"),
-    [("fp32", False), ("bf16", False), pytest.param("bf16", True, marks=needs_compiler)],
+    [("fp32", False), ("bf16", False), ("fp16", False), pytest.param("bf16", True, marks=needs_compiler)],
 )
 def test_the_fast_way_trains_as_the_plain_one(images, plain, network, precision, is_compiled):
     loss, held_out = train(images, network, 0, precision, is_placed=True, is_compiled=is_compiled)
