@@ -13,7 +13,7 @@ help: ## list the targets
 	$(BIN)/pip install -r requirements.txt
 	@touch $@
 
-demo: .venv/installed ## draw shapes, train on them, write a grid of samples (about 6 minutes on 2 cores)
+demo: .venv/installed ## draw shapes, train on them, write a grid of samples (about 5 minutes on 2 cores)
 	$(BIN)/python prepare_data.py experiment=demo
 	$(BIN)/python main.py experiment=demo
 
