@@ -136,7 +136,7 @@ def build_runtime(section: Machine) -> tuple[torch.device, str]:
         torch.backends.cudnn.benchmark = True  # batches have one shape, or two when they come in parts
     else:
         if section.precision == "fp16":
-            print("warning: precision=fp16 on a CPU is emulated, about 80 times slower than fp32", file=sys.stderr)
+            print("warning: precision=fp16 on a CPU is emulated, 20 to 80 times slower than fp32", file=sys.stderr)
         limit_threads()
         if section.keep_freed_memory:
             keep_freed_memory()

@@ -55,7 +55,7 @@ def test_matrix_products_run_in_the_precision(device, precision, dtype):
 def test_fp16_on_a_cpu_is_warned_of(capsys):
     machine = Machine(device="cpu", precision="fp16", deterministic=False, keep_freed_memory=False)
     assert build_runtime(machine) == (torch.device("cpu"), "fp16")
-    assert "80 times slower" in capsys.readouterr().err
+    assert "80 times slower than fp32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
