@@ -61,8 +61,8 @@ class GroupNorm(nn.GroupNorm):
 class _IntegerReLU(torch.autograd.Function):
     """ReLU of bfloat16 in place, computed on its bits.
 
-    PyTorch widens every element to float32 and narrows it again; comparing them as 16-bit integers is 3 to 4 times faster.
-    An element is negative if its integer is. From -128 down that is a number or -inf and becomes 0; above are the NaNs
+    PyTorch widens every element to float32 and narrows it again; comparing 16-bit integers is 3 to 4 times faster. An
+    element is negative if its integer is. From -128 down that is a number or -inf and becomes 0; above are the NaNs
     with a sign, which stay (their gradient is 0, where PyTorch's passes).
     """
 
