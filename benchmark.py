@@ -26,8 +26,7 @@ from modeling.cifar10 import PreparationError, read_members
 from modeling.runtime import resolve_precision
 
 ARCHIVE = Path("downloads/cifar-10-python.tar.gz")
-IS_WITHOUT_BF16 = torch.cuda.is_available() and resolve_precision("auto", torch.device("cuda")) == "fp32"
-FAST = "fp16" if IS_WITHOUT_BF16 else "bf16"
+FAST = "fp16" if torch.cuda.is_available() and resolve_precision("auto", torch.device("cuda")) == "fp32" else "bf16"
 PEAK = {f"the peak: a {FAST} matrix product": {"name": "peak matmul", "precision": FAST}}  # in turns with the rest
 NETWORKS = {  # what the tables call it -> overrides
     "unet 32": ["model=unet", "model.hidden_size=32"],
@@ -93,7 +92,7 @@ def training() -> Tables:
                 cases["ours"] = ours
                 if torch.cuda.is_available():
                     cases["ours, torch.compile"] = ours | {"overrides": [*overrides, "runtime.compile=true"]}
-                    if IS_WITHOUT_BF16:
+                    if FAST == "fp16":
                         cases["ours, fp16"] = ours | {"overrides": [*overrides, "runtime.precision=fp16"]}
                 if network == "ddpm 128" and batch_size == 16:
                     for package, name in (("diffusers", "diffusers"), ("denoising_diffusion_pytorch", "lucidrains")):

@@ -18,6 +18,7 @@ from benchmarks.contender import (
     synchronise,
 )
 from modeling import build
+from modeling.config import Config
 from modeling.data import load_images
 from modeling.diffusion import get_schedules
 from modeling.images import to_model_range
@@ -46,6 +47,12 @@ def _torchvision_batches(folder: str, batch_size: int, num_workers: int) -> Iter
     while True:
         for images, _ in loader:
             yield images
+
+
+def _training_images(config: Config) -> Tensor:
+    """(N, 3, H, W) uint8, as prepared."""
+    folder = Path(config.dataset.root) / config.dataset.name
+    return load_images(folder, "train", read_manifest(config.dataset))
 
 
 def _memory_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -92,9 +99,7 @@ def reference_training(
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=is_fused)
     abar = get_schedules(*BETAS, NUM_TIMESTEPS)["alphas_cumprod"].to(device)
     if has_images_in_memory:
-        manifest = read_manifest(config.dataset)
-        data = Path(config.dataset.root) / config.dataset.name
-        loader = _memory_batches(load_images(data, "train", manifest), batch_size)
+        loader = _memory_batches(_training_images(config), batch_size)
     else:
         loader = _torchvision_batches(cifar10, batch_size, num_workers)
     called = torch.compile(network) if is_compiled else network
@@ -133,7 +138,7 @@ def reference_loading(batch_size: int, cifar10: str, *, num_workers: int = 0) ->
 def our_loading(overrides: list[str], batch_size: int) -> Contender:
     """The batches of `main.py`, without any training."""
     config = compose([*overrides, f"train.batch_size={batch_size}"])
-    images = load_images(Path(config.dataset.root) / config.dataset.name, "train", read_manifest(config.dataset))
+    images = _training_images(config)
     device, _ = build.build_runtime(config.runtime)
     loader = iter(build.build_batches(config, images, device).loader(range(10**9), device=device))
 
