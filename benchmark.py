@@ -22,7 +22,7 @@ from torchvision import datasets
 from benchmarks.report import describe_machine, to_markdown
 from benchmarks.start import measure_start
 from benchmarks.turns import measure
-from modeling.cifar10 import PreparationError, read_members
+from modeling.datasets.cifar10 import PreparationError, read_members
 from modeling.runtime import resolve_precision
 
 ARCHIVE = Path("downloads/cifar-10-python.tar.gz")

@@ -22,10 +22,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from modeling import comparison
-from modeling.comparison import Band, ComparisonError, RunRecord, comparable
-from modeling.references import choose_reference, load_references, make_reference, save_reference
-from modeling.stage import describe_changes, differences
+from modeling.comparison import bands as comparison
+from modeling.comparison.bands import Band, ComparisonError, RunRecord, comparable
+from modeling.comparison.references import choose_reference, load_references, make_reference, save_reference
+from modeling.run.identity import describe_differences, differences
 
 ROOT = Path(__file__).parent
 
@@ -80,7 +80,7 @@ def describe(
         f"run          step {run.step:,}{share}, {images:,.0f} images, {state}",
         f"reference    {reference['name']} ({reference['date']}), {reference['images']:,} images: "
         + reference["command"],
-        f"differences  {describe_changes(changed) or 'none'}",
+        f"differences  {describe_differences(changed, reference['name']) or 'none'}",
         f"speed        {speed:,.1f} images/s, {speed / reference['images_per_second']:.2f} times the reference's on "
         f"{machine['device']}, {machine['threads']} threads, {machine['precision']}, torch {machine['torch']}",
         f"band         +- {allowed.curve:.0%} and {comparison.NUM_ERRORS:g} standard errors"

@@ -12,7 +12,6 @@ stopped goes on where it was; what is measured already is not measured again.
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import hydra
@@ -20,7 +19,8 @@ from omegaconf import DictConfig
 
 from modeling.config import ConfigError, parse
 from modeling.options import EvaluateConfig
-from modeling.signals import stopping_on_signals
+from modeling.system.errors import errors_in_one_line
+from modeling.system.signals import stopping_on_signals
 
 RECORD = "evaluation.json"
 
@@ -48,52 +48,43 @@ def _read_record(path: Path) -> dict:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(values: DictConfig) -> None:
-    try:
+    with errors_in_one_line(), stopping_on_signals():
         options = parse(values, EvaluateConfig)
-    except ConfigError as error:
-        sys.exit(str(error))
 
-    with stopping_on_signals():
-        from modeling.checkpoint import CheckpointError
-        from modeling.files import LockedError, locked, write_atomically
-        from modeling.measures import Evaluation, environment, load_data
-        from modeling.trained import LINEAR, fit_linear, load_trained
+        from modeling.measures.plan import Evaluation, environment, load_data
+        from modeling.measures.trained import LINEAR, fit_linear, load_trained
+        from modeling.system.files import locked, write_atomically
 
         out = Path(options.out)
         path = out / RECORD
-        try:
-            if options.checkpoint in LINEAR:
-                data = load_data(Path(options.data or "data/cifar10"))
-                trained = fit_linear(options, data.train, data.identity["train_sha256"])
-            else:
-                trained, config = load_trained(options)
-                data = load_data(Path(options.data or f"{config.dataset.root}/{config.dataset.name}"))
-            measures = Evaluation(trained, data, options, out).measures
-            with locked(out / "lock"):
-                record = _read_record(path)
-                done = [name for name in measures if name in record and measures[name].is_of(record[name])]
-                other = [name for name in measures if name in record and name not in done]
-                if other and not options.overwrite:
-                    raise ConfigError(
-                        f"out={out}: holds {', '.join(other)} of another model or with other options; name another "
-                        "folder or set overwrite=true, which replaces these and keeps the rest"
-                    )
-                for name, measure in measures.items():
-                    if name not in done:
-                        print(f"{name:14s}about {measure.seconds / 60:.1f} minutes", flush=True)
-                for name, measure in measures.items():
-                    if name not in done:
-                        found = measure.take()
-                        identity = measure.identity | found.get("identity", {}) | environment(trained)
-                        record[name] = {"values": found["values"], "identity": identity}
-                        write_atomically(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
-                        shutil.rmtree(out / f"{name}.partial", ignore_errors=True)
-                    _print(name, record[name])
-        except (CheckpointError, LockedError, FileNotFoundError, FloatingPointError, ValueError) as error:
-            sys.exit(str(error))
-        except OSError as error:
-            sys.exit(f"{error.filename}: {error.strerror}; what was measured before is untouched")
-    print(path)
+        if options.checkpoint in LINEAR:
+            data = load_data(Path(options.data or "data/cifar10"))
+            trained = fit_linear(options, data.train, data.identity["train_sha256"])
+        else:
+            trained, config = load_trained(options)
+            data = load_data(Path(options.data or f"{config.dataset.root}/{config.dataset.name}"))
+        measures = Evaluation(trained, data, options, out).measures
+        with locked(out / "lock"):
+            record = _read_record(path)
+            done = [name for name in measures if name in record and measures[name].is_of(record[name])]
+            other = [name for name in measures if name in record and name not in done]
+            if other and not options.overwrite:
+                raise ConfigError(
+                    f"out={out}: holds {', '.join(other)} of another model or with other options; name another "
+                    "folder or set overwrite=true, which replaces these and keeps the rest"
+                )
+            for name, measure in measures.items():
+                if name not in done:
+                    print(f"{name:14s}about {measure.seconds / 60:.1f} minutes", flush=True)
+            for name, measure in measures.items():
+                if name not in done:
+                    found = measure.take()
+                    identity = measure.identity | found.get("identity", {}) | environment(trained)
+                    record[name] = {"values": found["values"], "identity": identity}
+                    write_atomically(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+                    shutil.rmtree(out / f"{name}.partial", ignore_errors=True)
+                _print(name, record[name])
+        print(path)
 
 
 if __name__ == "__main__":

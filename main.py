@@ -5,7 +5,7 @@
     python main.py optimizer=sgd optimizer.lr=0.1 train.num_epochs=5
     dvc repro                                               # the same as a recorded stage
 
-The same command again goes on from the last checkpoint; a finished run is left as it is. SIGTERM, SIGINT (Ctrl-C),
+The same command again resumes from the last checkpoint; a finished run is left as it is. SIGTERM, SIGINT (Ctrl-C),
 SIGUSR1 and runtime.max_seconds save the state and end with 143, 130, 138 and 0.
 """
 
@@ -16,37 +16,30 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from modeling.config import ConfigError
-from modeling.signals import Stopped, stopping_on_signals
 from modeling.stage import parse_stage, read_manifest
+from modeling.system.errors import errors_in_one_line
+from modeling.system.signals import Stopped, stopping_on_signals
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(values: DictConfig) -> None:
-    try:
+    with errors_in_one_line():
         config = parse_stage(values)
         manifest = read_manifest(config.dataset)
-    except ConfigError as error:
-        sys.exit(str(error))
-    with stopping_on_signals(config.runtime.max_seconds):
-        # Not above: torch takes seconds to import, and a wrong configuration should not have to wait for it.
-        from modeling.run_folder import RunError
-        from modeling.session import publish, train
+        with stopping_on_signals(config.runtime.max_seconds):
+            # Not above: torch takes seconds to import, and a wrong configuration should not have to wait for it.
+            from modeling.run.session import publish, train
 
-        is_stage = "DVC_STAGE" in os.environ
-        try:
-            folder = train(config, manifest, replace=is_stage)
-            if is_stage:
-                publish(folder, Path("outputs"))
-                print(f"artefacts   outputs/, from {folder}/")
-        except (RunError, FloatingPointError) as error:
-            sys.exit(str(error))
-        except Stopped as stopped:
-            if is_stage and stopped.code == 0:
-                sys.exit(f"{stopped.reason} is over before the stage is done: `dvc repro` again goes on from there")
-            raise
-        except OSError as error:
-            sys.exit(f"{error.filename}: {error.strerror}; what was saved before is untouched")
+            is_stage = "DVC_STAGE" in os.environ
+            try:
+                folder = train(config, manifest, replace=is_stage)
+                if is_stage:
+                    publish(folder, Path("outputs"))
+                    print(f"artefacts   outputs/, from {folder}/")
+            except Stopped as stopped:
+                if is_stage and stopped.code == 0:
+                    sys.exit(f"{stopped.reason} is over before the stage is done: `dvc repro` again resumes it")
+                raise
 
 
 if __name__ == "__main__":

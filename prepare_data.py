@@ -7,32 +7,24 @@
 Writes <dataset.root>/<dataset.name>/{train.npy,test.npy,manifest.json}. A second run verifies and does nothing.
 """
 
-import sys
-from pathlib import Path
-
 import hydra
 from omegaconf import DictConfig
 
-from modeling.config import ConfigError
-from modeling.signals import stopping_on_signals
 from modeling.stage import archive_path, parse_stage, repository
+from modeling.system.errors import errors_in_one_line
+from modeling.system.signals import stopping_on_signals
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(values: DictConfig) -> None:
-    try:
+    with errors_in_one_line():
         dataset = parse_stage(values).dataset
-    except ConfigError as error:
-        sys.exit(str(error))
+        with stopping_on_signals():
+            from modeling.datasets.preparation import prepare
 
-    with stopping_on_signals():
-        from modeling.preparation import PreparationError, prepare
-
-        folder = Path(dataset.root) / dataset.name
-        try:
             manifest, is_new = prepare(
                 dataset.name,
-                folder,
+                dataset.folder,
                 archive=archive_path(dataset),
                 urls=dataset.urls,
                 pictures=dataset.pictures,
@@ -40,12 +32,10 @@ def main(values: DictConfig) -> None:
                 num_images=dataset.num_images,
                 seed=dataset.seed,
             )
-        except PreparationError as error:
-            sys.exit(str(error))
-    counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
-    if pictures := manifest.get("pictures"):
-        counts += f", of {pictures['count']} pictures, {pictures['duplicates']} of them duplicates"
-    print(f"{folder}: {counts} ({'written' if is_new else 'already there, verified'})")
+        counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
+        if pictures := manifest.get("pictures"):
+            counts += f", of {pictures['count']} pictures, {pictures['duplicates']} of them duplicates"
+        print(f"{dataset.folder}: {counts} ({'written' if is_new else 'already there, verified'})")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@
     python sample.py checkpoint=model.safetensors picture=path out=path.png num_images=4   # or interpolation
 
 Image i is a function of the checkpoint, the sampler, the seed and i: the same whatever the batch size, up to rounding.
-A command that was stopped goes on where it was.
+The same command resumes after a stop.
 """
 
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,50 +17,39 @@ import hydra
 from omegaconf import DictConfig
 
 from modeling.config import ConfigError, parse
-from modeling.options import SampleConfig
-from modeling.signals import stopping_on_signals
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise ConfigError(f"out={out}: exists already; name another file or set overwrite=true")
-    if out.is_dir() and not (out / "identity.json").exists():
-        raise ConfigError(f"out={out}: this folder does not hold samples, so it is not replaced")
+from modeling.options import SampleConfig, check_out
+from modeling.system.errors import errors_in_one_line
+from modeling.system.signals import stopping_on_signals
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="sample")
 def main(values: DictConfig) -> None:
-    try:
+    with errors_in_one_line():
         options = parse(values, SampleConfig)
         out = Path(options.out)
-        _check_out(out, options.overwrite)
-    except ConfigError as error:
-        sys.exit(str(error))
+        check_out(out, options.overwrite)
+        if out.is_dir() and not (out / "identity.json").exists():
+            raise ConfigError(f"out={out}: this folder does not hold samples, so it is not replaced")
+        with stopping_on_signals():
+            from modeling.images import save_grid
+            from modeling.measures.explain import denoising_path, interpolation
+            from modeling.measures.sample_files import write_samples
+            from modeling.measures.trained import SIZE, load_trained
+            from modeling.system.progress import progress_bar
 
-    with stopping_on_signals():
-        from modeling.checkpoint import CheckpointError
-        from modeling.files import LockedError
-        from modeling.images import save_grid
-        from modeling.progress import progress_bar
-        from modeling.sampling import denoising_path, interpolation, write_samples
-        from modeling.trained import SIZE, load_trained
-
-        try:
             trained, _ = load_trained(options)
             if options.picture == "grid":
                 parts = out.with_name(f"{out.name}.partial")
                 write_samples(trained.draw(parts), trained.samples_identity, out)
                 shutil.rmtree(parts)
             else:
-                show = {"path": denoising_path, "interpolation": interpolation}[options.picture]
+                show = denoising_path if options.picture == "path" else interpolation
                 images = show(
-                    trained.model, options.num_images, SIZE, trained.device, precision=trained.precision,
-                    bar=partial(progress_bar, desc="sampling"), **trained.sampler,
+                    trained.model, options.num_images, SIZE, trained.device, trained.sampler, seed=options.seed,
+                    precision=trained.precision, bar=partial(progress_bar, desc="sampling"),
                 )  # fmt: skip
                 save_grid(images, out, num_columns=10)
-        except (CheckpointError, LockedError, FileNotFoundError, FloatingPointError, ValueError) as error:
-            sys.exit(str(error))
-    print(out)
+        print(out)
 
 
 if __name__ == "__main__":

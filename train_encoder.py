@@ -14,9 +14,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from modeling.config import ConfigError, parse
-from modeling.options import EncoderConfig
-from modeling.signals import stopping_on_signals
+from modeling.config import parse
+from modeling.options import EncoderConfig, check_out
+from modeling.system.errors import errors_in_one_line
+from modeling.system.signals import stopping_on_signals
 
 
 def train(options: EncoderConfig) -> None:
@@ -24,8 +25,8 @@ def train(options: EncoderConfig) -> None:
     import torch
 
     from modeling.build import build_runtime
-    from modeling.cifar10 import load_cifar10, load_labels
-    from modeling.encoder import accuracy, images_sha256, save_encoder, train_encoder
+    from modeling.datasets.cifar10 import load_cifar10, load_labels
+    from modeling.measures.encoder import accuracy, images_sha256, save_encoder, train_encoder
 
     device, precision = build_runtime(options)
     images = map(torch.from_numpy, load_cifar10(Path(options.archive), options.urls))
@@ -52,9 +53,9 @@ def print_controls(options: EncoderConfig) -> None:
     import torch
 
     from modeling.build import build_runtime
-    from modeling.cifar10 import load_cifar10
-    from modeling.controls import control_distances
-    from modeling.features import load_own_encoder
+    from modeling.datasets.cifar10 import load_cifar10
+    from modeling.measures.controls import control_distances
+    from modeling.measures.features import load_own_encoder
 
     device, _ = build_runtime(options)
     extractor = load_own_encoder(options.out, device)
@@ -69,21 +70,12 @@ def print_controls(options: EncoderConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="encoder")
 def main(values: DictConfig) -> None:
-    try:
+    with errors_in_one_line():
         options = parse(values, EncoderConfig)
-        if not options.controls and Path(options.out).exists() and not options.overwrite:
-            raise ConfigError(f"out={options.out}: exists already; name another file or set overwrite=true")
-    except ConfigError as error:
-        sys.exit(str(error))
-
-    with stopping_on_signals():
-        from modeling.checkpoint import CheckpointError
-        from modeling.cifar10 import PreparationError
-
-        try:
+        if not options.controls:
+            check_out(Path(options.out), options.overwrite)
+        with stopping_on_signals():
             (print_controls if options.controls else train)(options)
-        except (PreparationError, CheckpointError, FileNotFoundError, ValueError, FloatingPointError) as error:
-            sys.exit(str(error))
 
 
 if __name__ == "__main__":

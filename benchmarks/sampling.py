@@ -6,7 +6,7 @@ from benchmarks.contender import BETAS, NUM_TIMESTEPS, Contender, compose, netwo
 from modeling import build
 from modeling.diffusion import get_schedules
 from modeling.runtime import place, resolve_device
-from modeling.samplers import sample_images
+from modeling.samplers import Sampler, sample_images
 
 
 def reference_sampling(overrides: list[str], batch_size: int) -> Contender:
@@ -42,7 +42,8 @@ def our_sampling(overrides: list[str], batch_size: int, *, has_fast_layers: bool
     model = place(build.build_diffusion(config, eps_model), device)
 
     def run(num_steps: int) -> None:
-        sample_images(model, batch_size, (3, 32, 32), device, seed=0, precision=precision, num_steps=num_steps)
+        sampler = Sampler(num_steps=num_steps)
+        sample_images(model, batch_size, (3, 32, 32), device, sampler, seed=0, precision=precision)
         synchronise(device)
 
     return Contender(run, batch_size, flops)

@@ -22,11 +22,12 @@ from modeling.config import Config
 from modeling.data import load_images
 from modeling.diffusion import get_schedules
 from modeling.images import to_model_range
-from modeling.progress import progress_bar
-from modeling.run import Run
-from modeling.run_folder import RunFolder
+from modeling.run.folder import RunFolder
+from modeling.run.identity import identify
+from modeling.run.objects import Run
 from modeling.runtime import autocast, keep_freed_memory, resolve_device
-from modeling.stage import identify, read_manifest
+from modeling.stage import read_manifest
+from modeling.system.signals import uninterrupted
 
 
 def _torchvision_batches(folder: str, batch_size: int, num_workers: int) -> Iterator[Tensor]:
@@ -51,8 +52,7 @@ def _torchvision_batches(folder: str, batch_size: int, num_workers: int) -> Iter
 
 def _training_images(config: Config) -> Tensor:
     """(N, 3, H, W) uint8, as prepared."""
-    folder = Path(config.dataset.root) / config.dataset.name
-    return load_images(folder, "train", read_manifest(config.dataset))
+    return load_images(config.dataset.folder, "train", read_manifest(config.dataset))
 
 
 def _memory_batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -155,18 +155,24 @@ def our_run(overrides: list[str], folder: str) -> Run:
     config = compose(overrides)
     machine = build.build_runtime(config.runtime)
     identity = identify(config, 1, data_sha256="", code_sha256="")
-    return Run(config, read_manifest(config.dataset), RunFolder(Path(folder), identity), *machine)
+    return Run(config, read_manifest(config.dataset), 1, RunFolder(Path(folder), identity), *machine)
 
 
 def our_training(overrides: list[str], batch_size: int, folder: str) -> Contender:
-    """The loader, the step and the epoch of `main.py`: averaged weights, clipping and exact random numbers included."""
+    """The loader, the step and the bookkeeping of `main.py`: averaged weights, clipping, exact random numbers."""
     run = our_run([*overrides, f"train.batch_size={batch_size}"], folder)
     flops = network_flops(plain_network(run.config), with_gradient=True)
-    step = run.step(log=lambda step, metrics: None, save=lambda state: None)
+    step, books = run.make_step(), run.make_books()
+    run.model.train()
 
     def steps(num_steps: int) -> None:
-        step.last_step = run.state.step + num_steps
-        run.fit(step, lambda step: None, progress_bar(disable=True))
+        start = run.state.step
+        for images in run.batches.loader(range(start, start + num_steps), device=run.device):
+            loss = step.backward(images)
+            with uninterrupted():
+                books.count_step(step.update(loss), len(images))
+                if books.is_line_due:
+                    books.make_line(step.learning_rate(run.state.step - 1))
         synchronise(run.device)
 
     return Contender(steps, batch_size, flops)

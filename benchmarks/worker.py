@@ -13,7 +13,7 @@ from benchmarks.peers import diffusers_training, lucidrains_training
 from benchmarks.sampling import our_sampling, reference_sampling
 from benchmarks.training import our_loading, our_training, reference_loading, reference_training
 from modeling.config import ConfigError
-from modeling.run_folder import RunError
+from modeling.run.folder import RunError
 from modeling.runtime import peak_memory_bytes
 
 CONTENDERS = {

@@ -7,11 +7,11 @@ checkpoint must not be able to name code.
 import math
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from modeling import IMAGE_CHANNELS
 from modeling.config import Config, Machine, Model, Optimizer
 from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
@@ -25,10 +25,9 @@ from modeling.runtime import (
 )
 from modeling.schedules import cosine_betas
 from modeling.seeding import Purpose, derive_seed
-from modeling.tracking import JsonLines, Tracker, WandbTracker
+from modeling.system.errors import UserError
 from modeling.unet import UnetModel
 
-IMAGE_CHANNELS, IMAGE_SIZE = 3, 32
 MODELS = {"unet": UnetModel, "ddpm": DdpmUnet}
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -54,7 +53,7 @@ def build_trained_model(config: Config, weights: dict[str, Tensor]) -> Diffusion
     """The diffusion model with these weights, on the CPU.
 
     Raises:
-        ValueError: when the weights are not those of the configured network; before any memory is taken for it, because
+        UserError: when the weights are not those of the configured network; before any memory is taken for it, because
             both may come from a file made to harm.
     """
     with torch.device("meta"):
@@ -62,7 +61,7 @@ def build_trained_model(config: Config, weights: dict[str, Tensor]) -> Diffusion
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         name = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))[0]
-        raise ValueError(
+        raise UserError(
             f"the weights do not fit {config.model}: {name} is {found.get(name, 'missing')}, "
             f"expected {expected.get(name, 'nothing of that name')}"
         )
@@ -110,21 +109,6 @@ def build_batches(config: Config, images: Tensor, device: torch.device) -> Batch
     if device.type == "cuda" and config.runtime.num_workers == 0:
         images = images.to(device)  # 154 MB for CIFAR-10
     return Batches(images, config.train.batch_size, config.seed, config.train.random_flip)
-
-
-def build_tracker(config: Config, folder: Path, step: int, wandb_id: str) -> Tracker:
-    """The run's records in its folder, going on at `step`, under this run id of Weights & Biases."""
-    wandb = None
-    if config.wandb.mode != "disabled":
-        wandb = WandbTracker(
-            mode=config.wandb.mode,
-            project=config.wandb.project,
-            name=config.wandb.name or folder.name,
-            folder=folder,
-            config=config.model_dump(),
-            run_id=wandb_id,
-        )
-    return Tracker(JsonLines(folder / "metrics.jsonl", step), wandb)
 
 
 def build_runtime(section: Machine) -> tuple[torch.device, str]:

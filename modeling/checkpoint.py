@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modeling.files import write_atomically
+from modeling.system.errors import UserError
+from modeling.system.files import write_atomically
 
 FORMAT = 2
 _CONTENT = {"about": dict, "config": dict, "state": dict, "model": dict, "ema": dict, "optimizer": dict}
@@ -26,7 +27,7 @@ _DIGEST_CHARACTERS = 64
 _MAX_PICKLE_BYTES = 16 << 20  # the structure without the tensors; that of 35.7M parameters has 0.2 MB
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A file that is no checkpoint of this project, a damaged one, or one that does not fit."""
 
 

@@ -6,16 +6,20 @@
 import difflib
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from modeling import IMAGE_SIZE
+from modeling.system.errors import UserError
+
 SchemaType = TypeVar("SchemaType", bound=BaseModel)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """What is wrong with a configuration, one line for each error."""
 
 
@@ -49,12 +53,17 @@ class Section(BaseModel):
 
 class Dataset(Section):
     name: Literal["cifar10", "shapes", "folder"]
-    root: Text  # the prepared data lies in <root>/<name>/
-    archive: Text | None  # cifar10: where the archive lies, and where it is downloaded to
+    root: Text  # the prepared data is in <root>/<name>/
+    archive: Text | None  # cifar10: path of the archive; a missing one is downloaded to it
     urls: list[Text] | None  # cifar10: addresses of the archive, tried in turn
-    pictures: Text | None  # folder: where the pictures lie, at any depth
+    pictures: Text | None  # folder: the pictures, at any depth of this folder
     num_images: PositiveInt | None  # training images; null: all of the archive or the pictures, or 20,000 shapes
     seed: Annotated[int, Field(ge=0)] | None  # shapes: which ones are drawn
+
+    @property
+    def folder(self) -> Path:
+        """Where the prepared data is: train.npy, test.npy and manifest.json."""
+        return Path(self.root) / self.name
 
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
@@ -83,7 +92,7 @@ class Model(Section):
         self._require("model.name=ddpm", of_ddpm, ())
         if not 1 <= len(self.multipliers) <= 6:
             raise ValueError(f"multipliers must have 1 to 6 entries (32 = 2^5 pixels), got {self.multipliers}")
-        resolutions = [32 // 2**level for level in range(len(self.multipliers))]
+        resolutions = [IMAGE_SIZE // 2**level for level in range(len(self.multipliers))]
         if not set(self.attention_resolutions) <= set(resolutions):
             raise ValueError(f"attention_resolutions must be among {resolutions}, got {self.attention_resolutions}")
         return self

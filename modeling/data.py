@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from modeling.files import sha256_of
 from modeling.seeding import Purpose, draw_integers, draw_permutation
+from modeling.system.errors import UserError
+from modeling.system.files import sha256_of
+
+if TYPE_CHECKING:  # its module knows OmegaConf, which training does not need
+    from modeling.stage import Manifest
 
 
 class Batches(Dataset):
@@ -25,12 +30,12 @@ class Batches(Dataset):
         random_flip: mirrors half of the images, left to right.
 
     Raises:
-        ValueError: for a batch_size outside 1..N.
+        UserError: for a batch_size outside 1..N.
     """
 
     def __init__(self, images: Tensor, batch_size: int, seed: int, random_flip: bool = False):
         if not 1 <= batch_size <= len(images):
-            raise ValueError(f"train.batch_size must lie in 1..{len(images)} (the training images), got {batch_size}")
+            raise UserError(f"train.batch_size must be in 1..{len(images)} (the training images), got {batch_size}")
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
@@ -57,7 +62,7 @@ class Batches(Dataset):
         return DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory)
 
 
-def load_images(folder: str | Path, split: str, manifest: dict) -> Tensor:
+def load_images(folder: str | Path, split: str, manifest: "Manifest") -> Tensor:
     """The images of a split, held in memory.
 
     Args:
@@ -69,12 +74,12 @@ def load_images(folder: str | Path, split: str, manifest: dict) -> Tensor:
         (N, 3, H, W) uint8.
 
     Raises:
-        ValueError: for an array that is missing or not the one that was prepared.
+        UserError: for an array that is missing or not the one that was prepared.
     """
     path = Path(folder) / f"{split}.npy"
     remedy = "run prepare_data.py again"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {remedy}")
+        raise UserError(f"{path} is missing: {remedy}")
     if (digest := sha256_of(path)) != manifest["files"][path.name]["sha256"]:
-        raise ValueError(f"{path} is not what was prepared (its SHA-256 is {digest}): {remedy}")
+        raise UserError(f"{path} is not what was prepared (its SHA-256 is {digest}): {remedy}")
     return torch.from_numpy(np.load(path, allow_pickle=False))

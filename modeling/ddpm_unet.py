@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.layers import GroupNorm
-from modeling.unet import check_hidden_size, check_model_input
+from modeling.layers import GroupNorm, check_hidden_size, check_model_input
 
 
 def embed_time(t: Tensor, num_features: int) -> Tensor:
@@ -161,7 +160,7 @@ class DdpmUnet(nn.Module):
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         resolutions = [image_size // 2**level for level in range(len(multipliers))]
         if unknown := sorted(set(attention_resolutions) - set(resolutions)):
             raise ValueError(f"attention_resolutions must be among {resolutions}, got {unknown}")
@@ -209,7 +208,7 @@ class DdpmUnet(nn.Module):
         """Predicts the noise.
 
         Args:
-            x: (B, C, H, W), H and W multiples of 2^(levels - 1); moved to the model's device if it lies elsewhere.
+            x: (B, C, H, W), H and W multiples of 2^(levels - 1); moved to the model's device if it is elsewhere.
             t: timestep / T in (0, 1], shape (B,) or (B, 1).
 
         Returns:

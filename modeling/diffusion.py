@@ -5,6 +5,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,14 @@ WEIGHTINGS = ("uniform", "min_snr_5")
 VARIANCES = ("large", "small")
 SNR_CAP = 5.0
 
-Bar = Callable[[Iterable[int]], Iterable[int]]
+Item = TypeVar("Item")
+Noise = Callable[[int], Tensor]  # timestep -> z of Algorithm 2, (B, *size); at 0 the starting noise x_T
+
+
+class Bar(Protocol):
+    """Wraps the items of a loop to show its progress, as `tqdm` does; `iter` shows nothing."""
+
+    def __call__(self, items: Iterable[Item], /) -> Iterable[Item]: ...
 
 
 @contextlib.contextmanager
@@ -57,6 +65,12 @@ class DiffusionModel(nn.Module):
     Raises:
         ValueError: for an unknown name, and as `linear_betas` and `schedule_tables`.
     """
+
+    eps_model: nn.Module
+    betas: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alpha_prod: Tensor
+    loss_weights: Tensor
 
     def __init__(
         self,
@@ -99,7 +113,7 @@ class DiffusionModel(nn.Module):
             )
         in_range = (timesteps >= 1) & (timesteps <= self.num_timesteps)
         if timesteps.device.type == "cpu" and not torch.compiler.is_compiling() and not in_range.all():
-            raise ValueError(f"timesteps must lie in 1..{self.num_timesteps}, got {timesteps.tolist()}")
+            raise ValueError(f"timesteps must be in 1..{self.num_timesteps}, got {timesteps.tolist()}")
 
     def q_sample(self, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, eq. 4; all of x_0, noise and x_t are (B, ...)."""
@@ -161,7 +175,7 @@ class DiffusionModel(nn.Module):
         """The training loss, one timestep an image: the inner lines of Algorithm 1; L_simple (eq. 14) by default.
 
         Args:
-            x: x_0, (B, ...), float in [-1, 1]; moved to the model's device if it lies elsewhere.
+            x: x_0, (B, ...), float in [-1, 1]; moved to the model's device if it is elsewhere.
             timesteps: (B,) integers in 1..T; drawn uniformly from torch's default generator if not given.
             noise: eps, of x's shape; likewise.
 
@@ -218,8 +232,7 @@ class DiffusionModel(nn.Module):
         *,
         variance: str = "large",
         clip_x0: bool = False,
-        noise: Tensor | None = None,
-        step_noise: Callable[[int], Tensor] | None = None,
+        noise: Noise | None = None,
         generator: torch.Generator | None = None,
         bar: Bar = iter,
     ) -> Tensor:
@@ -231,9 +244,9 @@ class DiffusionModel(nn.Module):
             device: where to sample; the model must be there.
             variance: "large" for sigma_t^2 = beta_t, "small" for the posterior variance.
             clip_x0: clips each predicted x_0 to [-1, 1], as the paper's code does.
-            noise: x_T, (B, *size); drawn if not given.
-            step_noise: called with the timestep (T..2), returns z of Algorithm 2 as (B, *size); drawn if not given.
-            generator: source of what is drawn; torch's default generator if not given.
+            noise: called with 0 for x_T, then with each timestep T..2 for z of Algorithm 2; returns (B, *size). Drawn
+                from the generator if not given.
+            generator: torch's default generator if not given.
             bar: wraps the timesteps, for example `tqdm`.
 
         Returns:
@@ -243,34 +256,31 @@ class DiffusionModel(nn.Module):
             ValueError: for an unknown variance or noise of another shape.
         """
         self.p_variance(1, variance)  # an unknown name fails before any compute
-        x, step_noise = starting_noise(num_samples, size, device, noise, step_noise, generator)
+        noise = noise or draw_noise(num_samples, size, device, generator)
+        x = starting_point(noise, num_samples, size, device)
         with evaluating(self):
             for timestep in bar(range(self.num_timesteps, 0, -1)):
                 x = self.p_mean(x, timestep, clip_x0=clip_x0)
                 if timestep > 1:
-                    x = x + self.p_variance(timestep, variance) ** 0.5 * step_noise(timestep)
+                    x = x + self.p_variance(timestep, variance) ** 0.5 * noise(timestep).to(device)
         return x
 
 
-def starting_noise(
-    num_samples: int,
-    size: Sequence[int],
-    device: torch.device | str,
-    noise: Tensor | None,
-    step_noise: Callable[[int], Tensor] | None,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """x_T and the source of the later noise, both on the device: as handed in, or drawn from the generator."""
-    shape = (num_samples, *size)
+def draw_noise(
+    num_samples: int, size: Sequence[int], device: torch.device | str, generator: torch.Generator | None = None
+) -> Noise:
+    """Noise from a generator, torch's default one if None, drawn on its device."""
     draw_device = device if generator is None else generator.device
+    return lambda timestep: torch.randn((num_samples, *size), generator=generator, device=draw_device).to(device)
 
-    def draw(timestep: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=draw_device).to(device)
 
-    if noise is None:
-        noise = draw(0)
-    elif tuple(noise.shape) != shape:
-        raise ValueError(f"noise must have shape {shape}, got {tuple(noise.shape)}")
-    if step_noise is None:
-        return noise.to(device), draw
-    return noise.to(device), lambda timestep: step_noise(timestep).to(device)
+def starting_point(noise: Noise, num_samples: int, size: Sequence[int], device: torch.device | str) -> Tensor:
+    """x_T on the device.
+
+    Raises:
+        ValueError: for noise of another shape than (num_samples, *size).
+    """
+    x = noise(0)
+    if x.shape != (num_samples, *size):
+        raise ValueError(f"noise must have shape {(num_samples, *size)}, got {tuple(x.shape)}")
+    return x.to(device)

@@ -22,7 +22,7 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float):
         if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {decay}")
+            raise ValueError(f"ema_decay must be in [0, 1), got {decay}")
         self.decay = decay
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
 

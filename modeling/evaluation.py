@@ -109,7 +109,7 @@ def measure_errors(
     last = diffusion.num_timesteps
     columns = last - 1 if timesteps_per_image is None else timesteps_per_image
     if not (1 <= columns <= last - 1 or columns == last - 1 == 0):
-        raise ValueError(f"timesteps_per_image must lie in 1..{last - 1} (T - 1), got {timesteps_per_image}")
+        raise ValueError(f"timesteps_per_image must be in 1..{last - 1} (T - 1), got {timesteps_per_image}")
     bounds, device = _part_bounds(last, columns).tolist(), diffusion.betas.device
     rows = []
     with evaluating(diffusion), autocast(device, precision):

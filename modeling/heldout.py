@@ -5,9 +5,9 @@ from torch import Tensor
 
 from modeling.diffusion import DiffusionModel, evaluating
 from modeling.images import to_model_range
-from modeling.progress import progress_bar
 from modeling.runtime import autocast, check_finite
 from modeling.seeding import Purpose, draw_normal
+from modeling.system.progress import progress_bar
 
 _SEED = 0  # fixed, not the run's: every run is measured with the same noise
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.files import write_atomically
+from modeling.system.files import write_atomically
 
 _BORDER = 2  # white pixels around each image
 
@@ -37,7 +37,7 @@ def make_grid(images: Tensor, num_columns: int | None = None) -> Tensor:
     """
     if images.dtype != torch.uint8:
         images = to_uint8(images)
-    num_columns = min(len(images), num_columns or max(1, round(len(images) ** 0.5)))
+    num_columns = min(len(images), max(1, round(len(images) ** 0.5)) if num_columns is None else num_columns)
     num_rows = -(-len(images) // num_columns)
     _, channels, height, width = images.shape
     tiles = images.new_full((num_rows * num_columns, channels, height + _BORDER, width + _BORDER), 255)

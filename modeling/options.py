@@ -1,10 +1,21 @@
 """The schemas of the scripts' own values in `conf/<script>.yaml`, which no stage reads. Imports no torch."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modeling.config import Config, HiddenSize, Machine, PositiveFloat, PositiveInt, Section, Text
+from modeling.config import Config, ConfigError, HiddenSize, Machine, PositiveFloat, PositiveInt, Section, Text
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Rejects an output that exists, unless it is to be replaced.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if out.exists() and not overwrite:
+        raise ConfigError(f"out={out}: exists already; name another one or set overwrite=true")
 
 
 class Sampling(Machine):
@@ -49,7 +60,7 @@ class SampleConfig(Sampling):
 
 
 class EvaluateConfig(Sampling):
-    """All of `conf/evaluate.yaml`. `checkpoint` may also be "linear" or "gaussian": see `modeling.linear_denoiser`."""
+    """All of `conf/evaluate.yaml`; `checkpoint` may also be "linear" or "gaussian" (`measures.linear_denoiser`)."""
 
     out: Text  # a folder for evaluation.json, the samples and the pictures
     measures: Annotated[list[Literal["bits_per_dim", "heldout_loss", "encoder", "fid"]], Field(min_length=1)]

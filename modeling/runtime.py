@@ -7,10 +7,14 @@ import platform
 import resource
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from modeling.system.errors import UserError
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -18,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
     """The device for `runtime.device`: auto takes cuda, then mps, then the CPU.
 
     Raises:
-        ValueError: for a device that this machine does not have.
+        UserError: for a device that this machine does not have.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -29,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
         name = next(candidate for candidate, is_there in available.items() if is_there)
     if not available.get(name, False):
         have = [candidate for candidate, is_there in available.items() if is_there]
-        raise ValueError(f"device={name}: not available here; this machine has {', '.join(have)}")
+        raise UserError(f"device={name}: not available here; this machine has {', '.join(have)}")
     return torch.device(name)
 
 
@@ -74,7 +78,7 @@ def check_finite(values: Tensor, what: str, precision: str) -> None:
         raise FloatingPointError(f"{what} is not finite in {precision}{remedy}")
 
 
-def place(module: nn.Module, device: torch.device) -> nn.Module:
+def place(module: ModuleType, device: torch.device) -> ModuleType:
     """Moves a module to the device, its convolution weights with the channels last, which the activations then follow.
 
     So convolutions are faster in bf16, by a third on a CPU with AMX, and no slower in fp32 (docs/speed.md).

@@ -1,16 +1,26 @@
 """The family of samplers, ancestral to second order, and images that are a function of their number.
 
-All walk down the same timesteps with the same network; they differ in one line, how x_t becomes the x of the timestep
-after it. abar is the product of alphas at a timestep; a sampler knows the two timesteps by it alone.
+They differ only in the update from x_t to x at the next timestep. An update receives each timestep as its abar, the
+cumulative product of alphas, and nothing else.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from modeling.diffusion import VARIANCES, Bar, DiffusionModel, check_choice, evaluating, starting_noise
+from modeling.diffusion import (
+    VARIANCES,
+    Bar,
+    DiffusionModel,
+    Noise,
+    check_choice,
+    draw_noise,
+    evaluating,
+    starting_point,
+)
 from modeling.runtime import autocast
 from modeling.seeding import image_noise
 
@@ -18,62 +28,103 @@ from modeling.seeding import image_noise
 Update = Callable[[Tensor, Tensor, Tensor, float, float, Callable[[], Tensor]], Tensor]
 
 
-def ancestral(variance: str = "small") -> Update:
-    """Sampling from p(x_s | x_t) of the chain that has these timesteps only (Ho et al. 2020, Algorithm 2, eq. 7).
+@dataclass(frozen=True)
+class Sampler:
+    """How images are drawn from a model; two equal samplers draw the same images.
 
     Args:
-        variance: "small" for the posterior variance, "large" for the chain's own beta = 1 - abar_t / abar_s; the last
-            step adds no noise.
+        name: "ancestral", "ddim" or "dpm_solver".
+        num_steps: network evaluations, at timesteps evenly spaced over 1..T, at most T; None for all T.
+        clip_x0: clips each predicted x_0 to [-1, 1] and takes the noise that belongs to it. Needed where the network
+            is undertrained.
+        variance: of ancestral: "small" (None means it) for the posterior variance, "large" for the chain's own
+            beta = 1 - abar_t / abar_s.
+        eta: of ddim, in [0, 1]: 0 (None means it) is deterministic, 1 is ancestral with the small variance. The noise
+            that a larger eta adds lets later steps correct earlier errors, which an undertrained network needs.
 
     Raises:
-        ValueError: for another variance.
+        ValueError: for a value outside these, or one that the sampler does not have.
     """
-    check_choice("variance", variance, VARIANCES)
 
-    def update(x: Tensor, eps: Tensor, x_0: Tensor, abar: float, abar_next: float, noise: Callable) -> Tensor:
+    name: str = "ancestral"
+    num_steps: int | None = None
+    clip_x0: bool = True
+    variance: str | None = None
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("sampler", self.name, SAMPLERS)
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+        for key, owner, default in (("variance", "ancestral", "small"), ("eta", "ddim", 0.0)):
+            if self.name == owner and getattr(self, key) is None:
+                object.__setattr__(self, key, default)
+            elif self.name != owner and getattr(self, key) is not None:
+                raise ValueError(f"{key} must be None with the sampler {self.name}, got {getattr(self, key)}")
+        if self.variance is not None:
+            check_choice("variance", self.variance, VARIANCES)
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {self.eta}")
+
+    def make_update(self) -> Update:
+        """A fresh update, for the steps of one batch in order."""
+        if self.variance is not None:
+            return Ancestral(self.variance)
+        return DpmSolver() if self.eta is None else Ddim(self.eta)
+
+
+SAMPLERS = ("ancestral", "ddim", "dpm_solver")
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """Draws from p(x_s | x_t) of the chain that has these timesteps only (Ho et al. 2020, Algorithm 2, eq. 7).
+
+    The last step adds no noise.
+    """
+
+    variance: str
+
+    def __call__(
+        self, x: Tensor, eps: Tensor, x_0: Tensor, abar: float, abar_next: float, noise: Callable[[], Tensor]
+    ) -> Tensor:
         alpha = abar / abar_next
         mean = (abar_next**0.5 * (1 - alpha) * x_0 + alpha**0.5 * (1 - abar_next) * x) / (1 - abar)
         if abar_next == 1:
             return mean
-        factor = 1.0 if variance == "large" else (1 - abar_next) / (1 - abar)
+        factor = 1.0 if self.variance == "large" else (1 - abar_next) / (1 - abar)
         return mean + (factor * (1 - alpha)) ** 0.5 * noise()
 
-    return update
 
+@dataclass(frozen=True)
+class Ddim:
+    """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16; with eta = 0 the probability-flow ODE to first order."""
 
-def ddim(eta: float = 0.0) -> Update:
-    """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
+    eta: float
 
-    Args:
-        eta: in [0, 1]; 0 is deterministic, the probability-flow ODE to first order; 1 is `ancestral("small")`. The
-            noise that a larger one adds lets later steps correct earlier errors, which an undertrained network needs.
-
-    Raises:
-        ValueError: for eta outside [0, 1].
-    """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
-
-    def update(x: Tensor, eps: Tensor, x_0: Tensor, abar: float, abar_next: float, noise: Callable) -> Tensor:
-        sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
+    def __call__(
+        self, x: Tensor, eps: Tensor, x_0: Tensor, abar: float, abar_next: float, noise: Callable[[], Tensor]
+    ) -> Tensor:
+        sigma = self.eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
         x = abar_next**0.5 * x_0 + max(1 - abar_next - sigma**2, 0.0) ** 0.5 * eps
         return x + sigma * noise() if sigma > 0 else x
 
-    return update
 
-
-def dpm_solver() -> Update:
+class DpmSolver:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2): the same ODE to second order, deterministic.
 
     Its time is lambda = log(sqrt(abar) / sqrt(1 - abar)). The first step, which has no predecessor, and the last one,
     which is infinitely long in lambda, are of first order.
     """
-    previous: tuple[Tensor, float] | None = None  # x_0 and lambda one step before
 
-    def update(x: Tensor, eps: Tensor, x_0: Tensor, abar: float, abar_next: float, noise: Callable) -> Tensor:
-        nonlocal previous
-        before, time = previous, _log_snr(abar) / 2
-        previous = x_0, time
+    def __init__(self) -> None:
+        self.previous: tuple[Tensor, float] | None = None  # x_0 and lambda of the step before
+
+    def __call__(
+        self, x: Tensor, eps: Tensor, x_0: Tensor, abar: float, abar_next: float, noise: Callable[[], Tensor]
+    ) -> Tensor:
+        before, time = self.previous, _log_snr(abar) / 2
+        self.previous = x_0, time
         if abar_next == 1:
             return x_0
         step = _log_snr(abar_next) / 2 - time
@@ -82,14 +133,9 @@ def dpm_solver() -> Update:
             x_0 = (1 + ratio) * x_0 - ratio * before[0]  # extrapolated to the middle of the step
         return ((1 - abar_next) / (1 - abar)) ** 0.5 * x - abar_next**0.5 * math.expm1(-step) * x_0
 
-    return update
-
 
 def _log_snr(abar: float) -> float:
     return math.log(abar / (1 - abar))
-
-
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpm_solver": dpm_solver}
 
 
 def respaced_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
@@ -99,7 +145,7 @@ def respaced_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
         ValueError: unless 1 <= num_steps <= T.
     """
     if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(f"num_steps must lie in 1..{num_timesteps}, got {num_steps}")
+        raise ValueError(f"num_steps must be in 1..{num_timesteps}, got {num_steps}")
     return [round(i * num_timesteps / num_steps) for i in range(num_steps, 0, -1)]
 
 
@@ -108,47 +154,39 @@ def sample(
     num_samples: int,
     size: Sequence[int],
     device: torch.device | str,
+    sampler: Sampler = Sampler(),
     *,
-    sampler: str = "ancestral",
-    num_steps: int | None = None,
-    clip_x0: bool = True,
-    noise: Tensor | None = None,
-    step_noise: Callable[[int], Tensor] | None = None,
-    generator: torch.Generator | None = None,
+    noise: Noise | None = None,
     bar: Bar = iter,
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
-    **options,
 ) -> Tensor:
-    """Samples with any sampler on any number of evenly spaced timesteps, in eval mode and without gradients.
+    """Samples with any sampler, in eval mode and without gradients.
 
     Args:
-        sampler: a name in `SAMPLERS`.
-        num_steps: evaluations of the network, at most T; all T if not given.
-        clip_x0: clips each predicted x_0 to [-1, 1] and takes the noise that belongs to it. Needed where the network
-            is undertrained.
+        noise: timestep -> (B, *size), at 0 the starting noise; drawn from torch's default generator if not given.
         observe: called before each step with (timestep, x_t, the predicted x_0).
-        options: of the sampler: `variance` of ancestral, `eta` of ddim.
 
     Other arguments and the result are those of `DiffusionModel.sample`.
 
     Raises:
-        ValueError: for an unknown sampler, num_steps outside 1..T, noise of another shape, or as the sampler.
+        ValueError: for more steps than the model has timesteps, or noise of another shape.
     """
-    check_choice("sampler", sampler, tuple(SAMPLERS))
-    update = SAMPLERS[sampler](**options)
-    timesteps = respaced_timesteps(model.num_timesteps, num_steps or model.num_timesteps)
-    x, step_noise = starting_noise(num_samples, size, device, noise, step_noise, generator)
+    update = sampler.make_update()
+    num_steps = model.num_timesteps if sampler.num_steps is None else sampler.num_steps
+    timesteps = respaced_timesteps(model.num_timesteps, num_steps)
+    noise = noise or draw_noise(num_samples, size, device)
+    x = starting_point(noise, num_samples, size, device)
     abars = model.schedules_float64["alphas_cumprod"].tolist()
     with evaluating(model):
         for timestep, following in bar(list(zip(timesteps, [*timesteps[1:], 0], strict=True))):
             abar = abars[timestep]
             eps, x_0 = model.predict(x, timestep)
-            if clip_x0:
+            if sampler.clip_x0:
                 x_0 = x_0.clamp(-1, 1)
                 eps = (x - abar**0.5 * x_0) / (1 - abar) ** 0.5
             if observe is not None:
                 observe(timestep, x, x_0)
-            x = update(x, eps, x_0, abar, abars[following], lambda timestep=timestep: step_noise(timestep))
+            x = update(x, eps, x_0, abar, abars[following], lambda timestep=timestep: noise(timestep).to(device))
     return x
 
 
@@ -157,23 +195,25 @@ def sample_images(
     num_samples: int,
     size: Sequence[int],
     device: torch.device | str,
+    sampler: Sampler = Sampler(),
     *,
     seed: int,
     first_image: int = 0,
     precision: str = "fp32",
-    **options,
+    bar: Bar = iter,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """`sample` for numbered images: each a function of the model, the seed and its number, whatever else is in the
-    batch (up to rounding).
+    """`sample` for numbered images: each a function of the model, the sampler, the seed and its number.
+
+    The other images of the batch change an image by rounding only.
 
     Args:
         first_image: number of the first; the others follow.
         precision: "fp32", or "bf16" or "fp16" for the network's matrix products; the steps between them are float32.
-        options: of `sample`, beside its noise.
 
     Returns:
         (B, *size), about [-1, 1].
     """
-    drawn = image_noise(seed, torch.arange(first_image, first_image + num_samples, device=device), size)
+    noise = image_noise(seed, torch.arange(first_image, first_image + num_samples, device=device), size)
     with autocast(device, precision):
-        return sample(model, num_samples, size, device, noise=drawn(0), step_noise=drawn, **options)
+        return sample(model, num_samples, size, device, sampler, noise=noise, bar=bar, observe=observe)

@@ -9,39 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modeling.layers import GroupNorm, ReLU
-
-
-def check_model_input(x: Tensor, t: Tensor, channels: int, multiple: int) -> tuple[Tensor, Tensor]:
-    """Checks what a UNet is called with; both models share these rules.
-
-    Args:
-        x: (B, C, H, W), C equal to `channels`, H and W positive multiples of `multiple`.
-        t: (B,) or (B, 1), in (0, 1].
-
-    Returns:
-        x and t of shape (B,), both as given otherwise.
-
-    Raises:
-        ValueError: with what was got and what was expected. The range of t is checked on the CPU and outside
-            compilation only: on CUDA it would cost a synchronisation each step.
-    """
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"x must have shape (B, {channels}, H, W), got {tuple(x.shape)}")
-    height, width = x.shape[2:]
-    if height == 0 or width == 0 or height % multiple or width % multiple:
-        raise ValueError(f"x must have a height and width that are multiples of {multiple}, got {height}x{width}")
-    if t.shape not in ((len(x),), (len(x), 1)):
-        raise ValueError(f"t must have shape ({len(x)},) or ({len(x)}, 1), got {tuple(t.shape)}")
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and not ((t > 0) & (t <= 1)).all():
-        raise ValueError(f"t must lie in (0, 1], got values from {t.min().item()} to {t.max().item()}")
-    return x, t.reshape(-1)
-
-
-def check_hidden_size(hidden_size: int) -> None:
-    """Raises ValueError unless hidden_size is a positive multiple of 8 (GroupNorm has 8 groups)."""
-    if hidden_size <= 0 or hidden_size % 8:
-        raise ValueError(f"hidden_size must be a positive multiple of 8, got {hidden_size}")
+from modeling.layers import GroupNorm, ReLU, check_hidden_size, check_model_input
 
 
 def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -137,7 +105,7 @@ class UnetModel(nn.Module):
         """Predicts the noise.
 
         Args:
-            x: (B, C, H, W), H and W multiples of 32; moved to the model's device if it lies elsewhere.
+            x: (B, C, H, W), H and W multiples of 32; moved to the model's device if it is elsewhere.
             t: timestep / T in (0, 1], shape (B,) or (B, 1).
 
         Returns:

@@ -1,7 +1,6 @@
 """Fixtures: a fixed seed for every test, the devices there are, composed configurations, small prepared data."""
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -9,54 +8,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT, TINY
+
 sys.path.insert(0, str(ROOT))
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-
-# A run that takes a second: 8 steps of a small network.
-TINY = [
-    "dataset=shapes",
-    "dataset.num_images=64",
-    "model.hidden_size=8",
-    "model.multipliers=[1,2]",
-    "diffusion.num_timesteps=20",
-    "train.batch_size=16",
-    "train.num_epochs=2",
-    "train.log_every=3",
-    "train.checkpoint_every=5",
-    "train.num_samples=4",
-    "train.sample_steps=5",
-    "train.num_eval_images=40",
-    "wandb.mode=disabled",
-]
-
-
-def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def equal(first, second) -> bool:
-    """Whether two nested structures of tensors and plain values are the same to the bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
-    if isinstance(first, list):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return first == second
-
-
-def ended_after(function, count: int, error: type[BaseException]):
-    """The function, until it ends with an error in the place of call `count`, from 0."""
-    calls = iter(range(count))
-
-    def call(*args, **options):
-        if next(calls, None) is None:
-            raise error
-        return function(*args, **options)
-
-    return call
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +75,7 @@ def compose_config():
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """The data of TINY, prepared: the folder for dataset.root."""
-    from modeling.preparation import prepare
+    from modeling.datasets.preparation import prepare
 
     root = tmp_path_factory.mktemp("data")
     prepare("shapes", root / "shapes", num_images=64, seed=0)

@@ -7,118 +7,101 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from modeling.run.identity import code_files, imported_files
+from tests.helpers import ROOT
 
-MODULES = sorted((ROOT / "modeling").glob("*.py"))
-SCRIPTS = [
-    ROOT / f"{name}.py"
-    for name in ("main", "prepare_data", "sample", "evaluate", "convert", "compare", "train_encoder")
-]
-HYDRA_SCRIPTS = {path.stem for path in SCRIPTS} - {"compare"}
-STANDARD = sys.stdlib_module_names
+MODULES = sorted(path for path in (ROOT / "modeling").rglob("*.py") if path.name != "__init__.py")
+ROOMS = sorted(path.parent.name for path in (ROOT / "modeling").glob("*/__init__.py"))
+SCRIPTS = sorted(ROOT.glob("*.py"))
+HYDRA_SCRIPTS = {"main", "prepare_data", "sample", "evaluate", "convert", "train_encoder"}
 
-# What each module may import of ours; whoever is missing here has not been thought about.
+# What the modules of each room import beside their own: other rooms, and of the core the named modules or all of it.
 ALLOWED = {
-    "layers": set(),
-    "loss_scale": set(),
-    "unet": {"layers"},
-    "ddpm_unet": {"layers", "unet"},
-    "schedules": set(),
-    "diffusion": {"schedules"},
-    "samplers": {"diffusion", "runtime", "seeding"},
-    "linear_denoiser": set(),
-    "seeding": set(),
-    "files": set(),
-    "signals": set(),
-    "progress": set(),
-    "ema": set(),
-    "shapes": set(),
-    "runtime": set(),
-    "config": set(),
-    "options": {"config"},
-    "stage": {"config"},
-    "images": {"files"},
-    "data": {"files", "seeding"},
-    "checkpoint": {"files"},
-    "tracking": {"files"},
-    "cifar10": {"files", "progress"},
-    "pictures": {"cifar10", "files", "progress"},
-    "preparation": {"cifar10", "files", "pictures", "progress", "shapes"},
-    "run_step": {"diffusion", "ema", "images", "loss_scale", "runtime", "seeding", "signals"},
-    "training": {"data", "diffusion", "images", "progress", "run_step", "runtime"},
-    "heldout": {"diffusion", "images", "progress", "runtime", "seeding"},
-    "evaluation": {"diffusion", "images", "runtime", "seeding"},
-    "sampling": {"diffusion", "files", "images", "progress", "runtime", "samplers", "seeding"},
-    "interchange": {"ddpm_unet"},
-    "encoder": {"checkpoint", "files", "images", "progress", "runtime", "seeding"},
-    "features": {"checkpoint", "encoder", "files", "images", "progress"},
-    "controls": {"features", "seeding"},
-    "neighbours": {"images", "progress"},
-    "comparison": set(),
-    "references": {"comparison", "files", "stage"},
-    "build": {"config", "data", "ddpm_unet", "diffusion", "runtime", "schedules", "seeding", "tracking", "unet"},
-    "trained": {
-        "build", "checkpoint", "config", "diffusion", "files", "images", "linear_denoiser", "options", "runtime",
-        "sampling", "schedules",
-    },
-    "measures": {
-        "config", "data", "evaluation", "features", "files", "heldout", "images", "neighbours", "options", "progress",
-        "runtime", "sampling", "trained",
-    },
-    "run_folder": {"checkpoint", "files", "stage"},
-    "run": {
-        "build", "checkpoint", "config", "data", "ema", "files", "heldout", "progress", "run_folder", "run_step",
-        "runtime", "samplers", "seeding", "stage", "tracking", "training",
-    },
-    "session": {
-        "build", "checkpoint", "config", "files", "images", "progress", "run", "run_folder", "run_step", "signals",
-        "stage", "training",
-    },
-}  # fmt: skip
+    "core": {"system"},
+    "system": set(),
+    "datasets": {"system", "core.stage"},
+    "run": {"system", "core"},
+    "measures": {"system", "core"},
+    "interchange": {"system", "core"},
+    "comparison": {"system", "run.identity"},
+}
+
+
+def room(path: Path) -> str:
+    """The room of a module of the package."""
+    return "core" if path.parent.name == "modeling" else path.parent.name
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, at any depth."""
+    """Top-level packages that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
     return names
 
 
-def ours(path: Path) -> set[str]:
-    """The modules of this package that a file imports."""
-    known = {module.stem for module in MODULES}
-    return {name.split(".")[1] for name in imports(path) if name.startswith("modeling.")} & known
+def test_every_room_is_in_the_table():
+    assert set(ALLOWED) == {"core", *ROOMS}
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.stem != "__init__"], ids=lambda path: path.stem)
-def test_imports_go_downward_only(path):
-    assert ours(path) <= ALLOWED[path.stem]
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_room_imports_what_it_may_and_needs_each_permission(name):
+    found = set()
+    for path in (module for module in MODULES if room(module) == name):
+        for target in imported_files(path):
+            other = room(target)
+            if target.name == "__init__.py" or other == name:
+                continue
+            is_part = {f"{other}.{target.stem}", other} & ALLOWED[name] == {f"{other}.{target.stem}"}
+            found.add(f"{other}.{target.stem}" if is_part else other)
+    assert found == ALLOWED[name]
+
+
+def test_imports_go_downward_only():
+    """No module imports itself through others."""
+    closures = {path: set(code_files(path)) - {path} for path in MODULES}
+    assert not [path for path, files in closures.items() if any(path in closures.get(file, ()) for file in files)]
+
+
+def test_the_network_and_the_diffusion_process_do_not_know_each_other():
+    networks, process = {"unet", "ddpm_unet"}, {"diffusion", "schedules", "samplers"}
+    for path in (path for path in MODULES if path.stem in networks | process):
+        other = process if path.stem in networks else networks
+        assert not other & {file.stem for file in code_files(path)}
 
 
 @pytest.mark.parametrize(
     ("package", "users"),
     [
         ("hydra", HYDRA_SCRIPTS),
-        ("omegaconf", HYDRA_SCRIPTS | {"compare", "config", "stage"}),
+        ("omegaconf", HYDRA_SCRIPTS | {"references", "config", "stage"}),
         ("pydantic", {"config", "options"}),
-        ("wandb", {"tracking"}),
-        ("safetensors", {"checkpoint", "convert"}),
+        ("wandb", {"wandb_tracker"}),
+        ("safetensors", {"checkpoint", "pipeline"}),
         ("torch_fidelity", {"features"}),
         ("diffusers", set()),
         ("dvc", set()),
     ],
 )
 def test_a_library_is_known_where_it_belongs_only(package, users):
-    found = {path.stem for path in [*MODULES, *SCRIPTS] if package in {name.split(".")[0] for name in imports(path)}}
-    assert found == users
+    assert {path.stem for path in [*MODULES, *SCRIPTS] if package in imports(path)} == users
 
 
 def test_no_module_hides_one_of_the_standard_library():
-    assert not {path.stem for path in MODULES} & STANDARD
+    assert not {path.stem for path in MODULES} & sys.stdlib_module_names
+
+
+def test_no_two_modules_share_a_name():
+    stems = [path.stem for path in MODULES]
+    assert sorted(set(stems)) == sorted(stems)
+
+
+def test_files_are_short():
+    paths = [*MODULES, *SCRIPTS, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    assert not {str(path): n for path in paths if (n := len(path.read_text().splitlines())) > 260}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -129,10 +112,48 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_training_library_needs_torch_and_tqdm_alone():
-    loaded = loaded_by("import modeling.training, modeling.heldout, modeling.checkpoint")
+    loaded = loaded_by("import modeling.training, modeling.heldout, modeling.checkpoint, modeling.data")
     assert not loaded & {"hydra", "omegaconf", "pydantic", "wandb", "dvc", "safetensors"}
 
 
 @pytest.mark.parametrize("name", sorted(HYDRA_SCRIPTS))
 def test_a_script_is_checked_before_anything_heavy_is_imported(name):
     assert not loaded_by(f"import {name}") & {"torch", "torchvision", "numpy", "wandb"}
+
+
+# ---- the function that walks imports
+
+
+def test_imports_are_followed_through_packages_at_any_depth(tmp_path):
+    files = {
+        "main.py": "import os\nfrom ours.room.inner.deep import f\nimport ours.flat\nfrom ours import constant, other",
+        "ours/__init__.py": "constant = 1",
+        "ours/flat.py": "def f():\n    from ours.late import g",
+        "ours/late.py": "",
+        "ours/other.py": "import json",
+        "ours/unused.py": "",
+        "ours/room/__init__.py": "",
+        "ours/room/inner/__init__.py": "",
+        "ours/room/inner/deep.py": "from ours.room import sibling",
+        "ours/room/sibling.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = {path.relative_to(tmp_path).as_posix() for path in code_files(tmp_path / "main.py", tmp_path)}
+    assert found == files.keys() - {"ours/unused.py"}
+
+
+@pytest.mark.parametrize("line", ["from ours.missing import f", "import ours.missing", "from ours.a.b import c"])
+def test_an_import_of_ours_that_is_no_file_is_an_error(tmp_path, line):
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "__init__.py").write_text("")
+    (tmp_path / "main.py").write_text(line)
+    with pytest.raises(FileNotFoundError, match=r"main\.py: imports ours\."):
+        code_files(tmp_path / "main.py", tmp_path)
+
+
+def test_a_relative_import_is_an_error(tmp_path):
+    (tmp_path / "main.py").write_text("from . import x")
+    with pytest.raises(ValueError, match="relative imports are not followed"):
+        imported_files(tmp_path / "main.py", tmp_path)

@@ -16,7 +16,7 @@ from benchmarks.worker import timed
 from modeling.build import build_batches
 from modeling.data import load_images
 from modeling.stage import read_manifest
-from tests.conftest import ROOT, TINY, equal
+from tests.helpers import ROOT, TINY, equal
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from modeling.checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from tests.helpers import Payload
 
 
 @dataclass
@@ -173,14 +174,6 @@ def test_averaged_weights_are_taken_from_a_full_checkpoint(tmp_path):
     config, weights = load_weights(tmp_path / "last.pt")
     assert config == {"seed": 1}
     assert torch.equal(weights["bias"], ema.bias)
-
-
-class Payload:
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return (open, (str(self.canary), "w"))
 
 
 def write_hostile(path, kind: str, canary) -> None:

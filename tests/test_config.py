@@ -19,35 +19,12 @@ from modeling.stage import (
     repository,
     run_name,
 )
-from tests.conftest import ROOT
+from tests.helpers import ROOT, changed, leaves
 
 GROUPS = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").glob("*/*.yaml"))
 
 
 REQUIRED = {"dataset/folder": ["dataset.pictures=pictures"]}  # what an alternative leaves to the user
-
-
-def leaves(section: dict, prefix: str = "") -> dict:
-    found = {}
-    for key, value in section.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
-
-
-def changed(value):
-    """Another value of the same kind."""
-    match value:
-        case bool():
-            return not value
-        case int():
-            return value * 2 or 8
-        case float():
-            return value / 2 or 0.5
-        case str():
-            return value + "x"
-        case list():
-            return [*value, *(value or [16])]
-    return 3
 
 
 def test_params_yaml_is_canonical_so_that_dvc_and_hydra_read_the_same():

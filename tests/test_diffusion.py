@@ -6,41 +6,7 @@ import torch
 from torch import nn
 
 from modeling.diffusion import DiffusionModel, evaluating, get_schedules
-
-BETAS, T = (1e-4, 0.02), 1000
-
-
-class Lambda(nn.Module):
-    """An eps model that is a function of (x_t, t)."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x, t):
-        return self.function(x, t)
-
-
-def zero_model(betas=BETAS, num_timesteps=T) -> DiffusionModel:
-    return DiffusionModel(Lambda(lambda x, t: torch.zeros_like(x)), betas, num_timesteps)
-
-
-def numpy_tables(betas, num_timesteps):
-    """beta, alpha, abar in float64, indexed by timestep; index 0 is clean data."""
-    beta = np.concatenate([[0.0], np.linspace(*betas, num_timesteps)])
-    return beta, 1 - beta, np.cumprod(1 - beta)
-
-
-def gaussian_oracle(data_std: float, betas=BETAS, num_timesteps=T) -> DiffusionModel:
-    """For data N(0, s^2) the best prediction of eps given x_t is sqrt(1 - abar) x_t / (abar s^2 + 1 - abar)."""
-    abar = torch.from_numpy(numpy_tables(betas, num_timesteps)[2])
-
-    def best_eps(x, t):
-        a = abar[(t * num_timesteps).round().long()].reshape(-1, *[1] * (x.ndim - 1))
-        return (1 - a).sqrt() * x / (a * data_std**2 + 1 - a)
-
-    return DiffusionModel(Lambda(best_eps), betas, num_timesteps)
-
+from tests.helpers import BETAS, Lambda, T, gaussian_oracle, numpy_tables, zero_model
 
 # ---- schedules
 
@@ -188,8 +154,8 @@ def test_what_is_not_handed_in_is_drawn_from_the_default_generator():
 @pytest.mark.parametrize(
     ("timesteps", "noise_shape", "message"),
     [
-        ([0, 1], (2, 3), r"must lie in 1..1000, got \[0, 1\]"),
-        ([1, 1001], (2, 3), r"must lie in 1..1000, got \[1, 1001\]"),
+        ([0, 1], (2, 3), r"must be in 1..1000, got \[0, 1\]"),
+        ([1, 1001], (2, 3), r"must be in 1..1000, got \[1, 1001\]"),
         ([1], (2, 3), r"integers of shape \(2,\), got torch.int64 of shape \(1,\)"),
         ([1.0, 2.0], (2, 3), r"integers of shape \(2,\), got torch.float32"),
         ([1, 2], (2, 4), r"shape of x, \(2, 3\), got \(2, 4\)"),

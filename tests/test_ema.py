@@ -47,5 +47,5 @@ def test_the_average_is_apart_from_the_module_and_needs_no_gradient():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_a_decay_outside_its_range_is_refused(decay):
-    with pytest.raises(ValueError, match=f"must lie in .* got {decay}"):
+    with pytest.raises(ValueError, match=f"must be in .* got {decay}"):
         Ema(nn.Linear(1, 1), decay)

@@ -10,10 +10,10 @@ from torch import nn
 from modeling.diffusion import DiffusionModel
 from modeling.evaluation import bits_per_dim, discretized_log_likelihood, measure_errors, summarise
 from modeling.images import to_model_range
-from modeling.linear_denoiser import LinearDenoiser, fit_linear_denoiser
+from modeling.measures.linear_denoiser import LinearDenoiser, fit_linear_denoiser
 from modeling.schedules import cosine_betas
 from modeling.seeding import Purpose, draw_normal
-from tests.test_diffusion import BETAS, Lambda, gaussian_oracle, numpy_tables
+from tests.helpers import BETAS, Lambda, gaussian_oracle, numpy_tables
 
 T = 1000
 
@@ -194,7 +194,7 @@ def test_the_cosine_schedule_can_be_measured():
     ("options", "message"),
     [
         ({"variance": "medium"}, "variance must be one of"),
-        ({"timesteps_per_image": 0}, r"must lie in 1\.\.999 \(T - 1\), got 0"),
+        ({"timesteps_per_image": 0}, r"must be in 1\.\.999 \(T - 1\), got 0"),
         ({"timesteps_per_image": 1000}, r"got 1000"),
         ({"images": torch.zeros(1, 3, 4, 4)}, "must be uint8"),
     ],

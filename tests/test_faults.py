@@ -28,16 +28,14 @@ import torch
 
 from modeling.checkpoint import load_checkpoint
 from modeling.config import parse
-from modeling.files import write_atomically
 from modeling.images import to_model_range
-from modeling.run import Run
-from modeling.run_folder import RunFolder
+from modeling.run.folder import RunFolder
+from modeling.run.objects import Run
 from modeling.runtime import resolve_precision
 from modeling.stage import identify, read_manifest
+from modeling.system.files import write_atomically
 from modeling.training import train_step
-from tests.conftest import ROOT, TINY, equal
-from tests.test_files import inject
-from tests.test_reproducibility import result, train
+from tests.helpers import ROOT, TINY, equal, inject, result, train
 
 NUM_STEPS = 100
 LONG = [*TINY, "train.num_epochs=25", "train.sample_every=10", "train.log_every=1"]

@@ -5,7 +5,7 @@ import torch
 
 from modeling.diffusion import DiffusionModel
 from modeling.heldout import denoising_loss
-from tests.test_diffusion import Lambda, numpy_tables
+from tests.helpers import Lambda, numpy_tables
 
 IMAGES = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -6,8 +6,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from modeling.files import write_atomically
 from modeling.images import make_grid, save_grid, to_model_range, to_uint8
+from modeling.system.files import write_atomically
 
 
 def test_every_8_bit_value_survives_the_way_there_and_back():
@@ -57,7 +57,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modeling.files.os.fsync", fail)
+    monkeypatch.setattr("modeling.system.files.os.fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
+from modeling.datasets.shapes import draw_shapes
 from modeling.diffusion import DiffusionModel
 from modeling.images import to_model_range
-from modeling.shapes import draw_shapes
 from modeling.training import generate_samples, train_epoch, train_step
 from modeling.unet import UnetModel
 

@@ -10,16 +10,16 @@ from torch import nn
 from modeling.build import build_learning_rate
 from modeling.config import Optimizer
 from modeling.data import Batches
+from modeling.datasets.shapes import draw_shapes
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
 from modeling.ema import Ema
 from modeling.heldout import denoising_loss
-from modeling.run_step import RunStep, TrainState
+from modeling.run.step import RunStep, TrainState
 from modeling.runtime import place
-from modeling.shapes import draw_shapes
 from modeling.training import fit, train_step
 from modeling.unet import UnetModel
-from tests.conftest import needs_compiler
+from tests.helpers import needs_compiler
 
 NUM_STEPS, BATCH_SIZE = 200, 16
 OPTIMIZER = Optimizer(

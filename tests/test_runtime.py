@@ -8,7 +8,6 @@ import torch
 
 from modeling.build import build_runtime
 from modeling.config import Machine, parse
-from modeling.progress import progress_bar
 from modeling.runtime import (
     autocast,
     available_cpus,
@@ -21,7 +20,8 @@ from modeling.runtime import (
     resolve_micro_batch_size,
     resolve_precision,
 )
-from tests.conftest import ROOT
+from modeling.system.progress import progress_bar
+from tests.helpers import ROOT
 
 
 def test_auto_takes_the_best_device_there_is():

@@ -10,7 +10,7 @@ import torch
 from modeling.diffusion import DiffusionModel
 from modeling.samplers import SAMPLERS, respaced_timesteps, sample
 from modeling.schedules import cosine_betas
-from tests.test_diffusion import Lambda, gaussian_oracle, numpy_tables
+from tests.helpers import Lambda, gaussian_oracle, numpy_tables
 
 BETAS, T = (0.01, 0.3), 12
 
@@ -36,7 +36,7 @@ def test_timesteps_are_evenly_spaced_from_the_last():
     [
         ({"num_steps": 13}, r"1\.\.12, got 13"),
         ({"num_steps": -1}, r"1\.\.12, got -1"),
-        ({"sampler": "ddim", "eta": -1}, r"eta must lie in \[0, 1\], got -1"),
+        ({"sampler": "ddim", "eta": -1}, r"eta must be in \[0, 1\], got -1"),
         ({"sampler": "ancestral", "variance": "medium"}, "variance must be one of .*, got 'medium'"),
         ({"sampler": "euler"}, "sampler must be one of .*'ancestral', 'ddim', 'dpm_solver'.*, got 'euler'"),
         ({"noise": torch.zeros(2, 3)}, r"shape \(1, 3\), got \(2, 3\)"),

@@ -19,9 +19,9 @@ import main
 import sample
 from modeling.checkpoint import load_weights
 from modeling.config import ConfigError, parse
+from modeling.measures.resumable import read_samples
 from modeling.samplers import sample_images
-from modeling.sampling import read_samples
-from tests.conftest import ROOT, TINY, ended_after
+from tests.helpers import ROOT, TINY, ended_after
 
 
 def run_script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -172,7 +172,7 @@ def test_a_stopped_sample_script_goes_on_and_writes_every_kind(finished_run, com
         f"checkpoint={finished_run}/checkpoints/last.pt", "num_images=6", "batch_size=2", "num_steps=4", "sampler=ddim",
     ]  # fmt: skip
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("modeling.sampling.sample_images", ended_after(sample_images, 2, KeyboardInterrupt))
+        patch.setattr("modeling.measures.resumable.sample_images", ended_after(sample_images, 2, KeyboardInterrupt))
         sample.main(compose_config(*options, "out=a.npz", name="sample"))
     sample.main(compose_config(*options, "out=a.npz", name="sample"))
     sample.main(compose_config(*options, "out=b", name="sample"))

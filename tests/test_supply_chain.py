@@ -8,7 +8,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 REQUIREMENTS = (ROOT / "requirements.txt").read_text()
 LOCK = (ROOT / "requirements.lock").read_text()
@@ -197,7 +197,7 @@ ARGUMENTS = {"weights_only": "True", "allow_pickle": "False", "shell": "False"} 
 MARK = re.compile(r"_target_|!!python")  # of a callable's name in a file: Hydra's and YAML's
 FACTORY = re.compile(r"""^\s*(?:'\(\)'|"\(\)"|\(\)):""", re.M)  # logging's, which only a file can have
 
-# The only unpickler: it knows the three names of an array, see tests/test_preparation.py.
+# The only unpickler: it knows the three names of an array, see tests/datasets/test_preparation.py.
 ADMITTED = {"cifar10": "_ArrayUnpickler"}
 
 

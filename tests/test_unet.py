@@ -111,7 +111,7 @@ def test_a_hidden_size_that_is_no_multiple_of_8_is_refused(model, hidden_size):
         ({"multipliers": ()}, "multipliers"),
         ({"multipliers": (1, 0)}, "multipliers"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"attention_resolutions": (7,)}, r"must be among \[32, 16, 8\], got \[7\]"),
     ],
 )

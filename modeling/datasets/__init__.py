@@ -1,0 +1,1 @@
+"""Stage 1: the three data sets and their preparation."""

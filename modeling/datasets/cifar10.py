@@ -1,0 +1,168 @@
+"""CIFAR-10 from its archive: downloaded if missing, verified before anything in it is trusted.
+
+The archive is a tar of Python pickles. No member is written to disk; each is compared with its official SHA-256 before
+it is unpickled, and the unpickler knows the three names that a NumPy array needs and nothing else.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from modeling.system.errors import UserError
+from modeling.system.files import locked
+from modeling.system.progress import progress_bar
+
+MEMBER_SHA256 = {
+    "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
+    "data_batch_2": "766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8",
+    "data_batch_3": "0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9",
+    "data_batch_4": "3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b",
+    "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
+    "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
+    "batches.meta": "f962466ef690d46b226450fb9aadc74ba4bc64a76aa526b5827fe4bc5c7125cb",
+}
+_FOLDER = "cifar-10-batches-py"
+_MAX_MEMBER_BYTES = 40_000_000  # the largest has 31,035,999
+_MAX_MEMBERS = 100
+_TIMEOUT_SECONDS = 10
+_CHUNK_BYTES = 1 << 20
+
+
+class PreparationError(UserError):
+    """Data cannot be prepared; the message names the remedy."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits what an array in a Python 2 pickle consists of; any other name is refused."""
+
+    _ADMITTED: ClassVar = {
+        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str):
+        try:
+            return self._ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a CIFAR-10 batch") from None
+
+
+def unpickle_batch(content: bytes) -> dict:
+    """A batch file's dictionary (keys are bytes).
+
+    Raises:
+        pickle.UnpicklingError: for a pickle that names anything but a NumPy array.
+    """
+    return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+
+
+def _remedy(archive: Path) -> str:
+    return (
+        f"put the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html at {archive}, "
+        "or set dataset.archive to where it lies"
+    )
+
+
+def read_members(archive: Path) -> dict[str, bytes]:
+    """The contents of the archive's seven data files, each verified by its SHA-256.
+
+    Raises:
+        PreparationError: for a damaged archive, a missing or altered member, or one that points outside.
+    """
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(archive, mode="r:*") as tar:
+            for count, info in enumerate(tar):
+                # Refuses what points outside, and devices; an absolute name it would only make relative.
+                if tarfile.data_filter(info, str(archive.parent.resolve())).name != info.name:
+                    raise PreparationError(f"{archive}: {info.name} points outside")
+                if count >= _MAX_MEMBERS or info.size > _MAX_MEMBER_BYTES:
+                    raise PreparationError(f"{archive}: {info.name} ({info.size} bytes) is too much for CIFAR-10")
+                folder, _, name = info.name.partition("/")
+                if folder == _FOLDER and name in MEMBER_SHA256 and info.isfile():
+                    members[name] = tar.extractfile(info).read()
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise PreparationError(f"{archive} cannot be read ({reason}): delete it and {_remedy(archive)}") from error
+    for name, expected in MEMBER_SHA256.items():
+        digest = hashlib.sha256(members[name]).hexdigest() if name in members else "missing"
+        if digest != expected:
+            raise PreparationError(
+                f"{archive}: {_FOLDER}/{name} is not the official file (SHA-256 {digest}, expected {expected}): "
+                f"delete the archive and {_remedy(archive)}"
+            )
+    return members
+
+
+def download(urls: Sequence[str], archive: Path) -> None:
+    """Downloads the archive from the first address that delivers it whole.
+
+    It grows as `<archive>.part` and takes its name when it is complete.
+
+    Raises:
+        PreparationError: when no address delivers it, with the reason of each.
+    """
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    part = archive.with_name(archive.name + ".part")
+    reasons = []
+    for url in urls:
+        try:
+            _download_one(url, part)
+            os.replace(part, archive)
+            return
+        except (OSError, ValueError) as error:  # URLError, timeouts and HTTP errors are OSErrors
+            reasons.append(f"{url}: {error}")
+        finally:
+            part.unlink(missing_ok=True)
+    raise PreparationError(f"CIFAR-10 could not be downloaded ({'; '.join(reasons)}): {_remedy(archive)}")
+
+
+def _download_one(url: str, part: Path) -> None:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, part.open("wb") as file:
+        length = response.headers.get("Content-Length")
+        total = None if length is None else int(length)
+        with progress_bar(total=total, unit="B", unit_scale=True, desc=f"downloading {url}") as bar:
+            while chunk := response.read(_CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if total is not None and file.tell() != total:
+            raise OSError(f"the connection ended after {file.tell()} of {total} bytes")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Training images (50000, 3, 32, 32) and test images (10000, 3, 32, 32), uint8; downloads a missing archive.
+
+    Raises:
+        PreparationError: when the archive is neither there nor to be had, or not the official data.
+    """
+    if not archive.is_file():
+        with locked(archive.with_name(f".{archive.name}.lock"), wait=True):
+            if not archive.is_file():  # now that another process may have downloaded it
+                download(urls, archive)
+    members = read_members(archive)
+    batches = {name: unpickle_batch(members[name])[b"data"] for name in members if name != "batches.meta"}
+    train = np.concatenate([batches[f"data_batch_{number}"] for number in range(1, 6)])
+    return train.reshape(-1, 3, 32, 32), batches["test_batch"].reshape(-1, 3, 32, 32)
+
+
+def load_labels(archive: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The classes 0..9 of the training images (50000,) and of the test images (10000,), int64, in their order.
+
+    Raises:
+        PreparationError: when the archive is missing or not the official data.
+    """
+    members = read_members(archive)
+    batches = {name: unpickle_batch(members[name])[b"labels"] for name in members if name != "batches.meta"}
+    train = np.concatenate([batches[f"data_batch_{number}"] for number in range(1, 6)])
+    return train, np.array(batches["test_batch"])

@@ -1,0 +1,59 @@
+"""Our diffusion process is a `DDPMScheduler` of diffusers under other names.
+
+It counts timesteps 0..999 where we count 1..1000, so T must be 1000.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from modeling.system.errors import UserError
+
+# Of a DDPMScheduler: the key for each of our names, and its values for ours.
+_PROCESS = {
+    "num_timesteps": ("num_train_timesteps", {1000: 1000}),
+    "schedule": ("beta_schedule", {"linear": "linear", "cosine": "squaredcos_cap_v2"}),
+    "prediction": ("prediction_type", {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}),
+}
+
+
+def scheduler_config(num_timesteps: int, schedule: str, betas: Sequence[float] | None, prediction: str) -> dict:
+    """The config of the DDPMScheduler that is this diffusion process, sampled as by Ho et al.
+
+    Args:
+        num_timesteps: T, 1000.
+        schedule: "linear" or "cosine".
+        betas: linear: (beta_1, beta_T).
+        prediction: what the network predicts: "eps", "x_0" or "v".
+
+    Raises:
+        UserError: for anything else.
+    """
+    given = {"num_timesteps": num_timesteps, "schedule": schedule, "prediction": prediction}
+    config = {"variance_type": "fixed_large", "clip_sample": True}
+    for name, (key, known) in _PROCESS.items():
+        if given[name] not in known:
+            raise UserError(f"{name} must be one of {list(known)} for diffusers, got {given[name]!r}")
+        config[key] = known[given[name]]
+    if (betas is None) != (schedule == "cosine"):
+        raise UserError(f"betas must be two numbers with schedule=linear, else null, got {betas} with {schedule}")
+    if betas is not None:
+        config["beta_start"], config["beta_end"] = betas
+    return config
+
+
+def diffusion_arguments(config: Mapping) -> dict:
+    """num_timesteps, schedule, betas and prediction of a DDPMScheduler's config; how it samples is not asked.
+
+    Raises:
+        UserError: for a process that is none of ours, with the key, the value and what was expected.
+    """
+    for key in ("trained_betas", "rescale_betas_zero_snr"):
+        if config.get(key):
+            raise UserError(f"{key} must not be set, got {config[key]!r}")
+    arguments = {}
+    for name, (key, known) in _PROCESS.items():
+        found = config.get(key, next(iter(known.values())))  # the first is what diffusers takes, too
+        if found not in known.values():
+            raise UserError(f"{key} must be one of {list(known.values())}, got {found!r}")
+        arguments[name] = next(ours for ours, theirs in known.items() if theirs == found)
+    betas = [config.get("beta_start", 1e-4), config.get("beta_end", 0.02)]
+    return arguments | {"betas": betas if arguments["schedule"] == "linear" else None}

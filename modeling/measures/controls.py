@@ -1,0 +1,68 @@
+"""Images further and further from the training images: features are of use if distances in them say so."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from modeling.measures.features import Extractor, extract_features, frechet_distance
+from modeling.seeding import Purpose, draw_bits, draw_normal
+
+_NOISE_STD, _BLUR_PIXELS = 15.0, 1.0
+_NOISE_IMAGES = 1000  # at a time
+
+
+def control_images(train: Tensor, test: Tensor, num_images: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Training images, and others of which each kind is further from them than the one before.
+
+    Args:
+        train, test: (N, 3, H, W) uint8.
+        num_images: of each kind; None: as many as there are, that is half of `train` or all of `test`.
+
+    Returns:
+        The first n training images; and, n of each kind: the second n training images ("train halves"), test images
+        ("train / test"), the second n with normal noise of standard deviation 15 of 255 ("noise"), blurred with a
+        Gaussian of 1 pixel ("blur"), normal noise with the mean and standard deviation of each pixel ("Gaussian"),
+        and uniform noise ("uniform").
+
+    Raises:
+        ValueError: for a num_images that there are not.
+    """
+    from torchvision.transforms.functional import gaussian_blur
+
+    most = min(len(train) // 2, len(test))
+    count = most if num_images is None else num_images
+    if not 1 <= count <= most:
+        raise ValueError(f"num_images must be in 1..{most} (half of the training images, the test images), got {count}")
+    first, second, shape = train[:count], train[count : 2 * count], train.shape[1:]
+    noise = torch.empty(second.shape)
+    uniform = torch.empty_like(second)
+    for start in range(0, count, _NOISE_IMAGES):  # the words take 8 times the memory of the images
+        rows = slice(start, start + _NOISE_IMAGES)
+        index = torch.arange(start, min(start + _NOISE_IMAGES, count))
+        noise[rows] = draw_normal(0, Purpose.EVALUATION, 1, index, shape)
+        words = draw_bits(0, Purpose.EVALUATION, 2, index, -(-math.prod(shape) // 8))  # 8 bytes each
+        uniform[rows] = words.view(torch.uint8)[:, : math.prod(shape)].unflatten(1, shape)
+    pixels = first.flatten(1).double()
+    eigenvalues, eigenvectors = torch.linalg.eigh(torch.cov(pixels.T, correction=0))
+    drawn = pixels.mean(0) + noise.flatten(1).double() * eigenvalues.clamp(min=0).sqrt() @ eigenvectors.T
+    rounded = lambda images: images.round().clamp(0, 255).to(torch.uint8)  # noqa: E731
+    return first, {
+        "train halves": second,
+        "train / test": test[:count],
+        "noise": rounded(second + _NOISE_STD * noise),
+        "blur": gaussian_blur(second, kernel_size=2 * math.ceil(3 * _BLUR_PIXELS) + 1, sigma=_BLUR_PIXELS),
+        "Gaussian": rounded(drawn).unflatten(1, shape),
+        "uniform": uniform,
+    }
+
+
+def control_distances(extractor: Extractor, train: Tensor, test: Tensor, *, num_images: int | None = None) -> dict:
+    """Frechet distances that must rise from row to row, or the features are of no use; see `control_images`.
+
+    All are from the same training images and between equally many images: the distance depends on how many they are.
+    """
+    reference, controls = control_images(train, test, num_images)
+    reference = extract_features(extractor, reference, desc="reference").values
+    features = {name: extract_features(extractor, images, desc=name).values for name, images in controls.items()}
+    return {name: frechet_distance(values, reference) for name, values in features.items()}

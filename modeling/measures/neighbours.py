@@ -1,0 +1,104 @@
+"""The training images nearest to a sample: has the model learned, or memorised?"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modeling.images import save_grid
+from modeling.system.progress import progress_bar
+
+_QUERIES, _REFERENCES = 1024, 4096  # of which distances are computed at a time: 160 MB for 32x32 images
+
+
+def nearest_neighbours(
+    queries: Tensor, references: Tensor, k: int = 1, *, desc: str = "nearest neighbours"
+) -> tuple[Tensor, Tensor]:
+    """The exactly nearest references of each query, by Euclidean distance.
+
+    In float64, where the products and sums of 8-bit pixels are exact; of features they are to 16 digits. Of equally
+    near references it may be any. Memory beyond the arguments does not grow with their number.
+
+    Args:
+        queries: (N, ...) images (pixels 0..255 as they are) or features, any dtype.
+        references: (M, ...), of the same further shape and on the same device.
+        k: neighbours, 1..M.
+
+    Returns:
+        Distances (N, k) float64, rising, and the references' indices (N, k) int64.
+
+    Raises:
+        ValueError: for shapes that do not fit, a k outside 1..M, or numbers that are not finite.
+    """
+    if queries.ndim < 2 or queries.shape[1:] != references.shape[1:]:
+        raise ValueError(
+            f"queries and references must be (N, ...) and (M, ...) of one further shape, "
+            f"got {tuple(queries.shape)} and {tuple(references.shape)}"
+        )
+    if not 1 <= k <= len(references):
+        raise ValueError(f"k must be in 1..{len(references)} (the references), got {k}")
+    for name, rows in (("queries", queries), ("references", references)):
+        if rows.is_floating_point() and not rows.isfinite().all():
+            raise ValueError(f"{name} must be finite")
+    queries, references = queries.flatten(1), references.flatten(1)
+    distances, indices = [], []
+    for part in progress_bar(queries.split(_QUERIES), desc=desc):
+        part = part.double()
+        nearest = part.new_empty(len(part), 0)
+        found = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
+        for start in range(0, len(references), _REFERENCES):
+            rows = references[start : start + _REFERENCES].double()
+            # ||q - r||^2 less ||q||^2, which changes no order
+            squares = torch.addmm(rows.square().sum(dim=1), part, rows.T, alpha=-2)
+            best = squares.topk(min(k, len(rows)), largest=False)
+            nearest = torch.cat([nearest, best.values], dim=1)
+            found = torch.cat([found, best.indices + start], dim=1)
+            kept = nearest.topk(min(k, nearest.shape[1]), largest=False).indices
+            nearest, found = nearest.gather(1, kept), found.gather(1, kept)
+        # Anew from the differences: the sum above would leave a rest between equal rows.
+        exact = torch.stack([(part - references[column].double()).norm(dim=1) for column in found.T], dim=1)
+        exact, order = exact.sort(dim=1)
+        distances.append(exact)
+        indices.append(found.gather(1, order))
+    return torch.cat(distances), torch.cat(indices)
+
+
+def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor) -> float:
+    """How near samples are to the training images, in units of how near other real images are.
+
+    The median distance of a sample to its nearest training image, divided by that of as many held-out images: 0 for
+    copies of training images, 1 for images as new as the held-out ones.
+
+    Args:
+        samples: (N, ...) images or features.
+        train: (M, ...).
+        held_out: (at least N, ...), of which the first N are taken.
+
+    Raises:
+        ValueError: for fewer held-out images than samples, or ones of which half are training images.
+    """
+    if len(held_out) < len(samples):
+        raise ValueError(f"held_out must have at least as many images as samples ({len(samples)}), got {len(held_out)}")
+    sets = {"samples": samples, "held-out images": held_out[: len(samples)]}
+    medians = [
+        nearest_neighbours(images, train, desc=f"nearest to {name}")[0].quantile(0.5).item()
+        for name, images in sets.items()
+    ]
+    if medians[1] == 0:
+        raise ValueError("held_out must not be training images: half of them are equal to one")
+    return medians[0] / medians[1]
+
+
+def save_neighbours(samples: Tensor, train: Tensor, indices: Tensor, path: str | Path) -> Tensor:
+    """Writes a picture with a row for each sample: the sample, then its nearest training images.
+
+    Args:
+        samples: (N, C, H, W) uint8.
+        train: (M, C, H, W) uint8.
+        indices: (N, k), from `nearest_neighbours`.
+
+    Returns:
+        The grid, (3, height, width) uint8.
+    """
+    rows = torch.cat([samples[:, None], train[indices]], dim=1)  # (N, 1 + k, C, H, W)
+    return save_grid(rows.flatten(0, 1), path, num_columns=rows.shape[1])

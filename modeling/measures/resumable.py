@@ -1,0 +1,86 @@
+"""Work in numbered parts that a stopped process leaves for the next one."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modeling.system.errors import UserError
+from modeling.system.files import locked, npy_bytes, write_atomically
+
+Item = TypeVar("Item")
+IDENTITY = "identity.json"
+
+
+def encode_identity(identity: dict) -> bytes:
+    """An identity as the content of its JSON file."""
+    return (json.dumps(identity, indent=2, sort_keys=True) + "\n").encode()
+
+
+def draw_in_parts(
+    folder: Path,
+    identity: dict,
+    num_images: int,
+    batch_size: int,
+    draw: Callable[[int, int], Tensor],
+    *,
+    replace: bool = False,
+) -> Tensor:
+    """Computes numbered rows (images, for example) batch by batch, saves each batch and resumes after the saved ones.
+
+    Args:
+        folder: of the parts; made if missing.
+        identity: everything that the rows depend on, as plain values; written beside them.
+        draw: called with (first number, how many), returns (B, ...).
+        replace: deletes parts of another identity instead of rejecting them.
+
+    Returns:
+        (num_images, ...).
+
+    Raises:
+        UserError: when the folder's parts are of another identity, damaged, or one is missing.
+        LockedError: when another process works in the folder.
+    """
+    with locked(folder / "lock"):
+        parts, start = [], 0
+        try:
+            if not (folder / IDENTITY).exists():
+                write_atomically(folder / IDENTITY, encode_identity(identity))
+            found = json.loads((folder / IDENTITY).read_text())
+            for path in sorted(folder.glob("*.npy")):
+                if int(path.stem) != start:
+                    raise ValueError(f"part {start:09d}.npy is missing")
+                parts.append(np.load(path, allow_pickle=False))
+                start += len(parts[-1])
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{folder} is damaged ({error}): delete it, and its parts are made again") from error
+        if found != json.loads(encode_identity(identity)) and replace:
+            for path in folder.glob("*.npy"):
+                path.unlink()
+            write_atomically(folder / IDENTITY, encode_identity(identity))
+            parts, start = [], 0
+        elif found != json.loads(encode_identity(identity)):
+            changed = ", ".join(key for key in identity | found if identity.get(key) != found.get(key))
+            raise UserError(f"{folder} holds parts of something else ({changed} differ): delete it, or resume that")
+        while start < num_images:
+            parts.append(draw(start, min(batch_size, num_images - start)).cpu().numpy())
+            write_atomically(folder / f"{start:09d}.npy", npy_bytes(parts[-1]))
+            start += len(parts[-1])
+    return torch.from_numpy(np.concatenate(parts)[:num_images])
+
+
+def advancing(bar: tqdm, start: int, count: int) -> Callable[[Iterable[Item]], Iterator[Item]]:
+    """Sets the bar to `start`; returns a wrapper of steps that advances it by `count` after each."""
+    bar.update(start - bar.n)
+
+    def counted(steps: Iterable[Item]) -> Iterator[Item]:
+        for step in steps:
+            yield step
+            bar.update(count)
+
+    return counted

@@ -1,0 +1,56 @@
+"""Samples as files: a grid, an array with its identity, a folder of pictures."""
+
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling.images import encode_png, save_grid
+from modeling.measures.resumable import IDENTITY, encode_identity
+from modeling.system.errors import UserError
+from modeling.system.files import write_atomically
+
+
+def write_samples(images: Tensor, identity: dict, out: Path) -> None:
+    """Writes images (N, 3, H, W) uint8 as what `out` is named: *.png, a grid; *.npz; else a folder of PNG files.
+
+    The .npz holds `arr_0`, (N, H, W, 3) as other projects' evaluation expects it, and `identity`, a JSON text.
+    """
+    if out.suffix == ".png":
+        save_grid(images, out)
+    elif out.suffix == ".npz":
+        buffer = io.BytesIO()
+        np.savez(buffer, arr_0=images.permute(0, 2, 3, 1).numpy(), identity=json.dumps(identity, sort_keys=True))
+        write_atomically(out, buffer.getbuffer())
+    else:
+        new = out.with_name(f".{out.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        digits = len(str(len(images) - 1))
+        for number, image in enumerate(images):
+            write_atomically(new / f"{number:0{digits}d}.png", encode_png(image))
+        write_atomically(new / IDENTITY, encode_identity(identity))
+        if (out / IDENTITY).exists():  # made by this function, and asked to be replaced
+            shutil.rmtree(out)
+        new.rename(out)
+
+
+def read_samples(path: Path) -> tuple[Tensor, dict]:
+    """Images (N, 3, H, W) uint8 and their identity from an .npz of `write_samples`, or of another project.
+
+    Raises:
+        UserError: for a file that holds no such array.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            images = torch.from_numpy(archive["arr_0"])
+            identity = json.loads(str(archive["identity"])) if "identity" in archive else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no .npz with an array arr_0, or damaged: {error}") from error
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(f"{path}: expected uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+    return images.permute(0, 3, 1, 2).contiguous(), identity

@@ -1,0 +1,105 @@
+"""A trained model as the scripts use it: from a file and the options of `sample.py` or `evaluate.py` to images."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
+from modeling.checkpoint import load_weights
+from modeling.config import Config, ConfigError, parse
+from modeling.diffusion import DiffusionModel
+from modeling.images import to_model_range, to_uint8
+from modeling.measures.linear_denoiser import fit_linear_denoiser
+from modeling.measures.resumable import advancing, draw_in_parts
+from modeling.options import Sampling
+from modeling.runtime import check_finite, place
+from modeling.samplers import Sampler, sample_images
+from modeling.schedules import linear_betas, schedule_tables
+from modeling.system.files import sha256_of
+from modeling.system.progress import progress_bar
+
+SIZE = (IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
+LINEAR = {"linear": False, "gaussian": True}  # names in the place of a checkpoint -> whether isotropic
+LINEAR_BETAS, LINEAR_TIMESTEPS = (1e-4, 0.02), 1000  # the paper's process
+
+
+class TrainedModel:
+    """A diffusion model on this machine's device, ready to be sampled and measured.
+
+    Args:
+        options: how images are drawn from it, and on which machine.
+        model: on the CPU.
+        identity: of its weights, plain values.
+
+    Raises:
+        ConfigError: for options that the machine or the model does not have.
+    """
+
+    def __init__(self, options: Sampling, model: DiffusionModel, identity: dict):
+        self.device, self.precision = build.build_runtime(options)
+        self.options = options
+        self.num_steps = model.num_timesteps if options.num_steps is None else options.num_steps
+        if self.num_steps > model.num_timesteps:
+            raise ConfigError(f"num_steps must be at most {model.num_timesteps}, got {options.num_steps}")
+        self.sampler = Sampler(options.sampler, self.num_steps, options.clip_x0, options.variance, options.eta)
+        self.model = place(model, self.device)
+        self.batch_size = options.batch_size or (512 if self.device.type == "cuda" else 64)
+        self.identity = identity | {"precision": self.precision}
+
+    @property
+    def samples_identity(self) -> dict:
+        """Everything that image i depends on beside i."""
+        values = {key: value for key, value in asdict(self.sampler).items() if value is not None}
+        return self.identity | {"sampler": values.pop("name"), **values, "seed": self.options.seed}
+
+    def draw(self, folder: Path) -> Tensor:
+        """The images that the options ask for, through parts in `folder` (see `draw_in_parts`), with a progress bar.
+
+        Returns:
+            (N, 3, H, W) uint8.
+
+        Raises:
+            FloatingPointError: for a sample that is not finite.
+            UserError: as `draw_in_parts`.
+        """
+        count, num_steps = self.options.num_images, self.num_steps
+        with progress_bar(total=count * num_steps, unit="image", unit_scale=1 / num_steps, desc="sampling") as bar:
+
+            def draw(start: int, count: int) -> Tensor:
+                images = sample_images(
+                    self.model, count, SIZE, self.device, self.sampler, seed=self.options.seed, first_image=start,
+                    precision=self.precision, bar=advancing(bar, start * num_steps, count),
+                )  # fmt: skip
+                check_finite(images, "a sample", self.precision)
+                return to_uint8(images)
+
+            return draw_in_parts(
+                folder, self.samples_identity, count, self.batch_size, draw, replace=self.options.overwrite
+            )
+
+
+def load_trained(options: Sampling) -> tuple[TrainedModel, Config]:
+    """The model of a checkpoint, and the configuration it was trained with.
+
+    Raises:
+        CheckpointError: for a file that is damaged or no checkpoint.
+        FileNotFoundError: for a missing one.
+        ValueError: for weights that do not fit their configuration, or options that do not fit machine or model.
+    """
+    path = Path(options.checkpoint)
+    digest = sha256_of(path) if path.is_file() else None
+    stored, weights = load_weights(path, options.weights)
+    if sha256_of(path) != digest:
+        raise ConfigError(f"checkpoint={path}: was replaced while it was read, by a run that is at work: try again")
+    config = parse(stored, Config)
+    identity = {"checkpoint": path.name, "checkpoint_sha256": digest, "weights": options.weights}
+    return TrainedModel(options, build.build_trained_model(config, weights), identity), config
+
+
+def fit_linear(options: Sampling, images: Tensor, images_sha256: str) -> TrainedModel:
+    """What `options.checkpoint` = "linear" or "gaussian" names: the best linear denoiser of training images (uint8)."""
+    abar = schedule_tables(linear_betas(*LINEAR_BETAS, LINEAR_TIMESTEPS))["alphas_cumprod"]
+    denoiser = fit_linear_denoiser(to_model_range(images), abar, is_isotropic=LINEAR[options.checkpoint])
+    model = DiffusionModel(denoiser, LINEAR_BETAS, LINEAR_TIMESTEPS)
+    return TrainedModel(options, model, {"checkpoint": options.checkpoint, "fitted_to_sha256": images_sha256})

@@ -1,0 +1,153 @@
+"""What a run counts beside its weights: steps, losses, time; its log lines; when a line or a checkpoint is due."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modeling.run.loss_scale import INITIAL_SCALE
+from modeling.runtime import peak_memory_bytes
+
+SMOOTHING = 0.99  # of the displayed loss: about the last hundred steps
+
+
+@dataclass
+class TrainState:
+    """What changes during a run beside weights, averaged weights and optimizer; all of it is in a checkpoint."""
+
+    step: int = 0  # steps done, the skipped ones included
+    loss_sum: float = 0.0  # over the steps since the last log line, the skipped ones left out
+    num_losses: int = 0
+    loss_smoothed: float = 0.0  # exponential average over the steps
+    num_skipped: int = 0  # steps whose loss or gradient was not finite
+    num_skipped_in_row: int = 0
+    loss_scale: float = INITIAL_SCALE  # fp16, as the next one
+    num_finite_at_scale: int = 0  # steps in a row
+    seconds: float = 0.0  # spent in training steps, data loading included
+
+
+class Stopwatch:
+    """Seconds since the last `lap`, less those spent inside `paused`."""
+
+    def __init__(self):
+        self.started = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - before
+
+
+class Bookkeeping:
+    """Counts the steps of a run and keeps their losses on the device until they are asked for.
+
+    Args:
+        state: the present state of the run; it is updated.
+        steps_per_epoch: for the log lines.
+        last_step: the length of the run in steps.
+        log_every: steps between log lines; there is always one after the last step.
+        checkpoint_every: steps between checkpoints; there is always one after the last step.
+        checkpoint_seconds: a checkpoint is due after this time even if `checkpoint_every` is not reached.
+        max_skipped_in_row: this many skipped steps, one after the other, end the run.
+        precision: for the remedy in that error.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        *,
+        steps_per_epoch: int,
+        last_step: int,
+        log_every: int,
+        checkpoint_every: int,
+        checkpoint_seconds: float = math.inf,
+        max_skipped_in_row: int = 10,
+        precision: str = "fp32",
+    ):
+        self.state, self.steps_per_epoch, self.last_step = state, steps_per_epoch, last_step
+        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        self.checkpoint_seconds, self.max_skipped_in_row = checkpoint_seconds, max_skipped_in_row
+        self.precision = precision
+        self.clock = Stopwatch()
+        self._saved_at = time.monotonic()
+        self._losses: list[Tensor] = []
+        self._num_images = 0
+
+    def count_step(self, loss: Tensor, num_images: int) -> None:
+        """After each step; the loss is a scalar on the device, NaN for a skipped step (no CPU-GPU sync)."""
+        self.state.step += 1
+        self._losses.append(loss)
+        self._num_images += num_images
+
+    @property
+    def is_line_due(self) -> bool:
+        return self.state.step % self.log_every == 0 or self.state.step == self.last_step
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        is_time = time.monotonic() - self._saved_at >= self.checkpoint_seconds
+        return self.state.step % self.checkpoint_every == 0 or self.state.step == self.last_step or is_time
+
+    def note_checkpoint(self) -> None:
+        """After a checkpoint was written: the time to the next one begins."""
+        self._saved_at = time.monotonic()
+
+    def collect_losses(self) -> None:
+        """Moves the losses since the last time from the device into the state (CPU-GPU sync).
+
+        Raises:
+            FloatingPointError: for too many skipped steps in a row.
+        """
+        state, losses = self.state, torch.stack(self._losses).tolist() if self._losses else []
+        self._losses.clear()
+        for step, loss in enumerate(losses, start=state.step - len(losses) + 1):
+            if math.isnan(loss):
+                state.num_skipped += 1
+                state.num_skipped_in_row += 1
+                if state.num_skipped_in_row >= self.max_skipped_in_row:
+                    raise FloatingPointError(
+                        f"the loss or its gradient was not finite in {self.max_skipped_in_row} steps in a row "
+                        f"({step - self.max_skipped_in_row + 1} to {step}): "
+                        "try a lower optimizer.lr, optimizer.max_grad_norm=1"
+                        + (" or runtime.precision=fp32" if self.precision == "fp16" else "")
+                    )
+                continue
+            state.num_skipped_in_row = 0
+            decay = min(SMOOTHING, (step - 1) / (step + 8))  # step from 1: the first loss counts in full
+            state.loss_smoothed = decay * state.loss_smoothed + (1 - decay) * loss
+            state.loss_sum += loss
+            state.num_losses += 1
+
+    def make_line(self, learning_rate: float) -> dict[str, float | None]:
+        """The metrics of a log line: means since the line before, which begin again here.
+
+        Args:
+            learning_rate: of the last step.
+        """
+        self.collect_losses()
+        state = self.state
+        loss = state.loss_sum / state.num_losses if state.num_losses else None
+        state.loss_sum, state.num_losses = 0.0, 0
+        seconds, num_images = self.clock.lap(), self._num_images
+        state.seconds += seconds
+        self._num_images = 0
+        return {
+            "epoch": (state.step - 1) // self.steps_per_epoch + 1,
+            "train/loss": loss,
+            "train/loss_smoothed": state.loss_smoothed,
+            "train/lr": learning_rate,
+            "train/skipped": state.num_skipped,
+            "seconds": state.seconds,
+            "images_per_second": num_images / seconds,
+            "memory_bytes": peak_memory_bytes(),
+        }

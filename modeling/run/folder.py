@@ -1,0 +1,193 @@
+"""A run's folder: whose it is, the lock that keeps a second process out, its checkpoints and which of them is valid."""
+
+import contextlib
+import json
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from modeling.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from modeling.run.identity import Identity, describe_differences, differences, run_name
+from modeling.system.errors import UserError
+from modeling.system.files import LockedError, locked, remove_partial_files, write_json
+
+_LOCK, _MARKER = "lock", "run.json"
+_HARMLESS = {
+    "code",
+    "optimizer.cosine_steps",
+    "optimizer.warmup_steps",
+}  # with these changed, `runtime.resume=PATH` still resumes
+
+
+class RunError(UserError):
+    """A run that cannot be started or resumed, and why."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    `checkpoints/last.pt` is the newest state; the ones before it are named by their step.
+
+    Args:
+        path: the folder.
+        identity: of the run, see `modeling.run.identity`.
+        num_checkpoints: how many are kept.
+    """
+
+    def __init__(self, path: Path, identity: Identity, num_checkpoints: int = 2):
+        self.path, self.identity, self.num_checkpoints = path, identity, num_checkpoints
+        self.name = run_name(identity)
+        self.wandb_id = ""  # set by `claimed`
+        self.parent: str | None = None  # run and step of the checkpoint that this process started from
+        self._last_step: int | None = None  # of last.pt
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.path / "checkpoints" / "last.pt"
+
+    @property
+    def metrics_path(self) -> Path:
+        """metrics.json, written last: a run is finished exactly if it exists."""
+        return self.path / "metrics.json"
+
+    def num_finished_steps(self) -> int | None:
+        """The length of the run that was finished here, None if none was."""
+        return json.loads(self.metrics_path.read_text())["steps"] if self.metrics_path.exists() else None
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder this run's own, and this process the only one at work in it.
+
+        Raises:
+            RunError: where it holds another run or any other files, or another process is at work; nothing is changed.
+        """
+        self._check_owner()
+        try:
+            with locked(self.path / _LOCK):
+                self._check_owner()  # once more: another process may have come first
+                remove_partial_files(self.path)
+                self._mark()
+                yield
+        except LockedError as error:
+            raise RunError(f"{self.path}: {error}; wait for it, or set runtime.output_dir to another folder") from None
+
+    def _read_marker(self) -> dict | None:
+        path = self.path / _MARKER
+        try:
+            return json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:
+            raise RunError(f"{path} is damaged ({error}): delete {self.path}, or set runtime.output_dir") from error
+
+    def _check_owner(self) -> None:
+        found = self._read_marker()
+        if found is not None and found["run"] == self.name:
+            return
+        remedy = "set runtime.output_dir to another folder"
+        if found is not None:
+            how = describe_differences(differences(found.get("identity", {}), self.identity), "that run")
+            raise RunError(f"{self.path} holds the run {found['run']}, not {self.name} ({how}): {remedy}")
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is not a folder: {remedy}")
+        if self.path.exists() and any(not _is_ours(entry.name) for entry in self.path.iterdir()):
+            raise RunError(f"{self.path} holds other files, not {self.name}: {remedy}")
+
+    def _mark(self) -> None:
+        found = self._read_marker()
+        self.wandb_id = found["wandb_id"] if found else secrets.token_hex(8)
+        if found is None:
+            marker = {"run": self.name, "identity": self.identity, "wandb_id": self.wandb_id}
+            write_json(self.path / _MARKER, marker)
+
+    def clear(self) -> None:
+        """Removes all that the run has left, but stays its owner."""
+        for entry in self.path.iterdir():
+            if entry.name not in (_LOCK, _MARKER):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self._last_step = self.parent = None
+
+    def similar_run(self) -> str | None:
+        """A hint that names a sibling run that differs from this one only in code or length; None without one."""
+        found = []
+        for marker in self.path.parent.glob(f"*/{_MARKER}"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                theirs = json.loads(marker.read_text())["identity"]
+                checkpoint = marker.parent / "checkpoints" / "last.pt"
+                if differences(theirs, self.identity).keys() - _HARMLESS == set() and theirs != self.identity:
+                    found.append((checkpoint.stat().st_mtime, str(checkpoint), theirs))
+        if not found:
+            return None
+        _, checkpoint, theirs = max(found)
+        how = describe_differences(differences(theirs, self.identity), "that run")
+        return (
+            f"note: {checkpoint} differs from this run only in {how}; to start from it, set runtime.resume={checkpoint}"
+        )
+
+    def _checkpoints(self) -> list[Path]:
+        """The newest first."""
+        older = [path for path in self.last_checkpoint.parent.glob("*.pt") if path.stem.isdigit()]
+        last = [self.last_checkpoint] if self.last_checkpoint.exists() else []
+        return last + sorted(older, key=lambda path: int(path.stem), reverse=True)
+
+    def load_newest(self) -> dict | None:
+        """The newest valid checkpoint of this run, with one warning if it is not the last; None if there never was one.
+
+        Raises:
+            RunError: when there are checkpoints and none is valid.
+        """
+        problems = []
+        for path in self._checkpoints():
+            try:
+                content = load_checkpoint(path)
+                if changed := differences(content["about"].get("identity") or {}, self.identity):
+                    how = describe_differences(changed, "checkpoint")
+                    raise CheckpointError(f"{path} belongs to another run ({how})")
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            step = content["state"]["step"]
+            if problems:
+                print(f"warning: {'; '.join(problems)}: resuming from {path}, step {step}", file=sys.stderr)
+            self._last_step = step if path == self.last_checkpoint else None
+            return content
+        if problems:
+            raise RunError(
+                f"{'; '.join(problems)}; no valid checkpoint is left: delete {self.path} to start from scratch"
+            )
+        return None
+
+    def save(self, *, about: dict, state, **content) -> None:
+        """Writes last.pt as `save_checkpoint` does, keeping the ones before it; nothing if it has this step already.
+
+        Args:
+            about: what identifies the state, beside the run itself.
+        """
+        if self._last_step == state.step:
+            return
+        about = {
+            "run": self.name,
+            "identity": self.identity,
+            "parent": self.parent,
+            "wandb_id": self.wandb_id,
+            "step": state.step,
+        } | about
+        last, keep_as = self.last_checkpoint, None
+        if self._last_step is not None:  # else there is none, or it is damaged
+            keep_as = last.with_name(f"{self._last_step}.pt")
+        save_checkpoint(last, about=about, state=state, keep_as=keep_as, **content)
+        self._last_step = state.step
+        for path in self._checkpoints()[self.num_checkpoints :]:
+            path.unlink()
+
+
+def describe_state(checkpoint: dict) -> str:
+    """`<run>@<step>` of a loaded checkpoint."""
+    return f"{checkpoint['about']['run']}@{checkpoint['about']['step']}"
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a process that was killed before it could mark the folder may have left this."""
+    return name == _LOCK or name.endswith(".partial")

@@ -1,0 +1,222 @@
+"""The objects of a run, and what happens to them between training steps: loading, saving, sampling, measuring."""
+
+import math
+import platform
+import sys
+from functools import partial
+
+import torch
+
+from modeling import build
+from modeling.checkpoint import CheckpointError, load_fitting
+from modeling.config import Config, to_yaml
+from modeling.data import load_images
+from modeling.ema import Ema
+from modeling.heldout import denoising_loss
+from modeling.run.bookkeeping import Bookkeeping, TrainState
+from modeling.run.folder import RunError, RunFolder, describe_state
+from modeling.run.identity import describe_differences, differences
+from modeling.run.records import Tracker, write_csv
+from modeling.run.step import Step
+from modeling.runtime import peak_memory_bytes, place, resolve_micro_batch_size
+from modeling.samplers import Sampler, sample_images
+from modeling.stage import Manifest
+from modeling.system.files import sha256_of, write_json
+from modeling.system.progress import progress_bar
+from modeling.training import generate_samples
+
+
+class Run:
+    """The objects that a configuration describes.
+
+    Args:
+        config: the validated configuration.
+        manifest: of the prepared data.
+        last_step: the length of the run in steps.
+        folder: the run's own.
+        device, precision: as `build_runtime` found them.
+
+    Raises:
+        UserError: for data that is not what was prepared, or fewer images than a batch takes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        last_step: int,
+        folder: RunFolder,
+        device: torch.device,
+        precision: str,
+    ):
+        self.config, self.folder, self.device, self.precision = config, folder, device, precision
+        self.last_step = last_step
+        self.micro_batch_size = resolve_micro_batch_size(
+            config.runtime.micro_batch_size, device, config.train.batch_size, config.model.hidden_size
+        )
+        data = config.dataset.folder
+        self.images = {split: load_images(data, split, manifest) for split in ("train", "test")}
+        self.batches = build.build_batches(config, self.images["train"], self.device)
+        self.model = place(build.build_model(config), self.device)
+        self.ema = Ema(self.model.eps_model, config.train.ema_decay)
+        self.ema_model = build.build_diffusion(config, self.ema.module).to(self.device)
+        self.optimizer = build.build_optimizer(config.optimizer, self.model)
+        if config.runtime.compile:
+            self.model.eps_model.compile()
+        self.state = TrainState()
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def describe(self) -> str:
+        """What will run, for the terminal."""
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        at = f", from step {self.state.step:,}" if self.state.step else ""
+        return (
+            f"{to_yaml(self.config)}\n"
+            f"model       {self.config.model.name}, {self.num_parameters:,} parameters\n"
+            f"device      {self.device}{threads}, {self.precision}, {self.micro_batch_size} images at a time\n"
+            f"training    {self.last_step:,} steps of {self.batches.batch_size} images, "
+            f"{self.batches.steps_per_epoch:,} steps an epoch{at}\n"
+            f"run folder  {self.folder.path}/\n"
+        )
+
+    @property
+    def environment(self) -> dict:
+        """What the result's last bits depend on, beside the identity."""
+        return {
+            "torch": str(torch.__version__),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
+            "precision": self.precision,
+            "micro_batch_size": self.micro_batch_size,
+            "threads": torch.get_num_threads(),
+        }
+
+    def load(self, origin: dict | None) -> None:
+        """Loads the folder's newest valid checkpoint, or else the one to start from.
+
+        Args:
+            origin: the checkpoint named by `runtime.resume`, if one is.
+
+        Raises:
+            RunError: when none of the folder's checkpoints is valid, or one does not fit.
+        """
+        content = self.folder.load_newest()
+        if content is None:
+            content = origin
+        if content is None:
+            return
+        self.folder.parent = describe_state(content)
+        try:
+            self.state = TrainState(**content["state"])
+            load_fitting(self.model.eps_model, content["model"], self.folder.path)
+            load_fitting(self.ema.module, content["ema"], self.folder.path)
+            load_fitting(self.optimizer, content["optimizer"], self.folder.path)
+        except (CheckpointError, TypeError) as error:
+            raise RunError(f"the checkpoint cannot be resumed: {error}") from error
+        if changed := differences(content["about"].get("environment", {}), self.environment):
+            how = describe_differences(changed, "checkpoint")
+            print(
+                f"warning: the result may differ in the last bits from that of an uninterrupted run ({how})",
+                file=sys.stderr,
+            )
+
+    def make_step(self) -> Step:
+        """The run's training step, from its present state on."""
+        return Step(
+            self.model,
+            self.ema,
+            self.optimizer,
+            self.state,
+            self.config.seed,
+            build.build_learning_rate(self.config.optimizer, self.last_step),
+            precision=self.precision,
+            micro_batch_size=self.micro_batch_size,
+            max_grad_norm=self.config.optimizer.max_grad_norm,
+        )
+
+    def make_books(self) -> Bookkeeping:
+        """The run's bookkeeping, from its present state on."""
+        train = self.config.train
+        return Bookkeeping(
+            self.state,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            last_step=self.last_step,
+            log_every=train.log_every,
+            checkpoint_every=train.checkpoint_every,
+            checkpoint_seconds=self.config.runtime.checkpoint_seconds or math.inf,
+            max_skipped_in_row=train.max_skipped_in_row,
+            precision=self.precision,
+        )
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        self.folder.save(
+            about={"images": self.state.step * self.batches.batch_size, "environment": self.environment},
+            config=self.config.model_dump(),
+            state=self.state,
+            model=self.model.eps_model,
+            ema=self.ema.module,
+            optimizer=self.optimizer,
+        )
+
+    def sample(self, tracker: Tracker) -> None:
+        """Grids from raw and averaged weights, with the same noise every time."""
+        sampler = Sampler(num_steps=min(self.config.train.sample_steps, self.model.num_timesteps))
+        for kind, model in (("raw", self.model), ("ema", self.ema_model)):
+            grid = generate_samples(
+                model,
+                self.device,
+                self.folder.path / "samples" / kind / f"{self.state.step}.png",
+                num_samples=self.config.train.num_samples,
+                size=tuple(self.images["train"].shape[1:]),
+                sampler=partial(
+                    sample_images,
+                    sampler=sampler,
+                    seed=self.config.seed,
+                    precision=self.precision,
+                    bar=partial(progress_bar, desc=f"sampling ({kind})", leave=False),
+                ),
+            )
+            tracker.image(self.state.step, f"samples/{kind}", grid)
+
+    def measure(self, tracker: Tracker) -> None:
+        """Measures the trained model; writes metrics.json and the tables that DVC plots."""
+        losses, bins = {}, {}
+        for split, label in (("train", "train"), ("test", "heldout")):
+            images = self.images[split][: self.config.train.num_eval_images]
+            for kind, model in (("raw", self.model), ("ema", self.ema_model)):
+                name = f"eval/{label}_{kind}"
+                losses[name], bins[name] = denoising_loss(
+                    model, images, self.device, precision=self.precision, desc=f"loss ({label}, {kind})"
+                )
+        tracker.log(self.state.step, losses)
+        write_csv(
+            self.folder.path / "loss.csv",
+            tracker.lines.rows(),
+            ["step", "train/loss", "train/loss_smoothed", "train/lr"],
+        )
+        by_bin = [
+            {"timesteps": name, "raw": raw, "ema": bins["eval/heldout_ema"][name]}
+            for name, raw in bins["eval/heldout_raw"].items()
+        ]
+        write_csv(self.folder.path / "heldout.csv", by_bin, ["timesteps", "raw", "ema"])
+        num_images = self.state.step * self.batches.batch_size
+        metrics = losses | {
+            "train/loss_smoothed": self.state.loss_smoothed,
+            "bins": bins,
+            "steps": self.state.step,
+            "skipped_steps": self.state.num_skipped,
+            "images": num_images,
+            "parameters": self.num_parameters,
+            "seconds": self.state.seconds,
+            "images_per_second": num_images / self.state.seconds,
+            "memory_bytes": peak_memory_bytes(),
+            "seed": self.config.seed,
+            "data_sha256": self.folder.identity["data"],
+            "code_sha256": self.folder.identity["code"],
+            "weights_sha256": sha256_of(self.folder.path / "model.safetensors"),
+            **self.environment,
+        }
+        write_json(self.folder.metrics_path, metrics)

@@ -1,0 +1,153 @@
+"""One process's work on a run: identifies it, claims its folder, resumes it and ends with its last file.
+
+The folder holds config.yaml, metrics.jsonl, metrics.json, samples/, checkpoints/ (the full state), and
+model.safetensors (averaged weights). metrics.json is written last: a run is finished exactly if it exists.
+"""
+
+import shutil
+from pathlib import Path
+
+from modeling import build
+from modeling.checkpoint import CheckpointError, export_weights, load_checkpoint
+from modeling.config import Config, to_yaml
+from modeling.images import save_grid
+from modeling.run.folder import RunError, RunFolder, describe_state
+from modeling.run.identity import (
+    Identity,
+    code_sha256,
+    describe_differences,
+    differences,
+    identify,
+    run_length,
+    run_name,
+)
+from modeling.run.loop import Training
+from modeling.run.objects import Run
+from modeling.run.records import build_tracker
+from modeling.stage import Manifest
+from modeling.system.files import write_atomically
+from modeling.system.signals import Stopped
+
+ARTEFACTS = ("config.yaml", "metrics.json", "metrics.jsonl", "loss.csv", "heldout.csv", "samples", "model.safetensors")
+
+# What a checkpoint given by `runtime.resume=PATH` must share with the run that starts from it (dotted prefixes).
+MUST_MATCH = ("seed", "data", "dataset", "model", "diffusion", "optimizer.name", "train.batch_size")
+
+
+def _identify(config: Config, num_steps: int, data_sha256: str) -> tuple[Identity, dict | None]:
+    """The run's identity, and the checkpoint that `runtime.resume` names, if it names one.
+
+    Raises:
+        RunError: for a file that is no checkpoint, or one of another architecture, data set or seed.
+    """
+    code, resume = code_sha256(), config.runtime.resume
+    identity = identify(config, num_steps, data_sha256, code)
+    if resume in ("auto", "never"):
+        return identity, None
+    try:
+        origin = load_checkpoint(resume)
+        origin_identity, origin_name = origin["about"]["identity"], describe_state(origin)
+    except (CheckpointError, OSError, KeyError) as error:
+        raise RunError(f"runtime.resume={resume}: {error}") from error
+    changed = differences(origin_identity, identity)
+    rejected = {
+        key: pair
+        for key, pair in changed.items()
+        if any(key == name or key.startswith(f"{name}.") for name in MUST_MATCH)
+    }
+    if rejected:
+        raise RunError(
+            f"runtime.resume={resume}: this checkpoint belongs to another run and cannot be resumed "
+            f"({describe_differences(rejected, 'checkpoint')})"
+        )
+    if changed:  # else it is this very run, and its result that of one uninterrupted run
+        identity = identify(config, num_steps, data_sha256, code, origin=origin_name)
+        print(f"starting from {resume} ({origin_name}) with {describe_differences(changed, 'checkpoint')}")
+    return identity, origin
+
+
+def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
+    """Trains, samples and measures; resumes from the folder's newest checkpoint if it has one.
+
+    Args:
+        config: the validated configuration.
+        manifest: of the prepared data.
+        replace: where the folder's run is longer than the one asked for, starts from scratch instead of rejecting it.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: when the run cannot be started, before any compute.
+        FloatingPointError: for too many steps in a row whose loss or gradient is not finite.
+        OSError: for a disk that refuses, naming the file; the last checkpoint stays as it was.
+        Stopped: when the process is asked to end; the state is saved.
+    """
+    machine = build.build_runtime(config.runtime)
+    data, train = manifest["files"]["train.npy"], config.train
+    num_steps = run_length(data["count"], train.batch_size, train.num_epochs, train.max_steps)
+    identity, origin = _identify(config, num_steps, data["sha256"])
+    path = Path(config.runtime.output_dir or f"runs/{run_name(identity)}")
+    folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
+    with folder.claimed():
+        if folder.num_finished_steps() == num_steps:
+            print(f"{path}: this run is finished, nothing to do")
+            return path
+        run = Run(config, manifest, num_steps, folder, *machine)
+        run.load(origin)
+        if config.runtime.resume == "never" and run.state.step:
+            raise RunError(
+                f"runtime.resume=never: {path} holds this run up to step {run.state.step}: delete it, or set "
+                "runtime.output_dir to another folder"
+            )
+        if run.state.step > num_steps:
+            longer = f"{path} holds this run with {run.state.step} steps, more than the {num_steps} asked for"
+            if not replace:
+                raise RunError(f"{longer}: set runtime.output_dir to another folder")
+            print(f"{longer}: starting from scratch")
+            folder.clear()
+            run = Run(config, manifest, num_steps, folder, *machine)
+        if run.state.step == 0 and (similar := folder.similar_run()) is not None:
+            print(similar)
+        print(run.describe(), flush=True)
+        _carry_out(run)
+    return path
+
+
+def _carry_out(run: Run) -> None:
+    """Everything from the run's present state to its last file."""
+    config, folder = run.config, run.folder.path
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    tracker = build_tracker(config, folder, run.state.step, run.folder.wandb_id)
+    training = Training(run, tracker)
+    try:
+        tracker.artifact(folder / "config.yaml", "config", "config")
+        inputs = save_grid(run.batches[0][: config.train.num_samples], folder / "samples" / "inputs.png")
+        tracker.image(0, "inputs", inputs)
+        training.fit()
+        values = config.model_dump()
+        values["runtime"]["output_dir"] = values["wandb"]["name"] = None  # equal runs in two folders: equal files
+        export_weights(folder / "model.safetensors", run.ema.module, values)
+        run.measure(tracker)
+    except Stopped as stopped:
+        if run.state.step:
+            training.save()
+            at = f"saved at step {run.state.step:,} of {run.last_step:,} in {run.folder.last_checkpoint}"
+        else:
+            at = "no step was done yet"
+        print(f"stopped by {stopped.reason}: {at}; the same command resumes it", flush=True)
+        raise
+    finally:
+        tracker.finish(is_complete=run.folder.num_finished_steps() == run.last_step)
+    print(f"samples     {folder}/samples/ema/{run.last_step}.png\nmetrics     {run.folder.metrics_path}")
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Copies a finished run's artefacts to `target`, each replaces its predecessor."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ARTEFACTS:
+        if (folder / name).is_dir():
+            shutil.rmtree(target / name, ignore_errors=True)
+            shutil.copytree(folder / name, target / name)
+        else:
+            shutil.copyfile(folder / name, target / name)

@@ -1,0 +1,95 @@
+"""A training step as step k of a run: what it draws, what it computes and what it changes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from modeling.diffusion import DiffusionModel
+from modeling.ema import Ema
+from modeling.images import to_model_range
+from modeling.run.bookkeeping import TrainState
+from modeling.run.loss_scale import LossScale
+from modeling.seeding import Purpose, derive_seed, draw_integers, draw_normal
+from modeling.training import backward
+
+
+@dataclass
+class Step:
+    """Algorithm 1 in a run: all that is drawn is a function of the seed and the step number.
+
+    Dropout alone draws from torch's generator, seeded for each step: its masks depend on the size of the micro-batches.
+    """
+
+    model: DiffusionModel
+    ema: Ema  # averages model.eps_model
+    optimizer: Optimizer
+    state: TrainState  # step k is `state.step`, from 0
+    seed: int  # the run's
+    learning_rate: Callable[[int], float]  # step (from 0) -> learning rate
+    precision: str = "fp32"  # as the next one, for `modeling.training.backward`
+    micro_batch_size: int | None = None
+    max_grad_norm: float | None = None  # scales the gradient down to this norm; None leaves it
+
+    def __post_init__(self) -> None:
+        self.device = self.model.betas.device
+        self.loss_scale: LossScale | None = None
+        if self.precision == "fp16":
+            self.loss_scale = LossScale(self.state.loss_scale, self.state.num_finite_at_scale, self.device)
+
+    def backward(self, images: Tensor) -> Tensor:
+        """The gradient of this step's loss on images (B, C, H, W) uint8; returns the loss, a scalar on the device."""
+        step, index = self.state.step, torch.arange(len(images), device=self.device)  # position in the global batch
+        torch.manual_seed(derive_seed(self.seed, Purpose.DROPOUT, step))
+        self.optimizer.zero_grad()
+        return backward(
+            self.model,
+            to_model_range(images.to(self.device, non_blocking=True)),
+            timesteps=draw_integers(self.seed, Purpose.TIMESTEP, step, index, self.model.num_timesteps) + 1,
+            noise=draw_normal(self.seed, Purpose.NOISE, step, index, images.shape[1:]),
+            precision=self.precision,
+            micro_batch_size=self.micro_batch_size,
+            loss_scale=1.0 if self.loss_scale is None else self.loss_scale.scale,
+        )
+
+    def update(self, loss: Tensor) -> Tensor:
+        """Clips the gradient, then moves weights and average, unless loss or gradient is not finite.
+
+        A skipped step changes neither weights nor average nor optimizer.
+
+        Returns:
+            The loss, NaN if the step was skipped; on the device (no CPU-GPU sync).
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.state.step)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(gradients)
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
+        is_skipped = ~torch.isfinite(loss + grad_norm)
+        if loss.device.type == "cuda":
+            self._update_on_device(is_skipped)
+        elif not is_skipped:
+            self.optimizer.step()
+            self.ema.update(self.model.eps_model, self.state.step)
+        if self.loss_scale is not None:
+            self.loss_scale.update(is_skipped)
+        return torch.where(is_skipped, math.nan, loss)
+
+    def _update_on_device(self, is_skipped: Tensor) -> None:
+        """The update where the device decides on its own whether the step counts: no CPU-GPU sync."""
+        self.optimizer.found_inf = is_skipped.float()  # the fused optimizers then leave everything as it is
+        self.optimizer.step()
+        self.ema.update(self.model.eps_model, self.state.step, unless=is_skipped)
+
+    def store_loss_scale(self) -> None:
+        """Moves the scale of the loss from the device into the state (CPU-GPU sync)."""
+        if self.loss_scale is not None:
+            self.state.loss_scale = self.loss_scale.scale.item()
+            self.state.num_finite_at_scale = int(self.loss_scale.num_finite.item())

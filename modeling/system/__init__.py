@@ -1,0 +1,1 @@
+"""Around every process: files, signals, progress bars, errors."""

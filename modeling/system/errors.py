@@ -1,0 +1,26 @@
+"""What a user or a machine did wrong, in one line; everything else is a bug and keeps its traceback."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Something that the user can mend: the message names what was got, what was expected and the remedy."""
+
+
+@contextlib.contextmanager
+def errors_in_one_line(exit_code: int = 1) -> Iterator[None]:
+    """Around every script: ends it with one line for a UserError, a refusing disk or numbers that are not finite."""
+    try:
+        yield
+    except (UserError, FloatingPointError) as error:
+        message = str(error)
+    except OSError as error:
+        # Only writing to a stream fails without a file's name.
+        place = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else None)
+        message = f"{place}: {error.strerror}" if place and error.strerror else str(error)
+    else:
+        return
+    print(message, file=sys.stderr)
+    sys.exit(exit_code)

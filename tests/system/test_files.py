@@ -1,0 +1,111 @@
+"""Writing whole or not at all, whatever the disk does; locks that die with their process."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modeling.system.files import LockedError, locked, remove_partial_files, write_atomically
+from tests.helpers import ROOT, inject
+
+FAULTS = {"write": "ENOSPC", "fsync": "EIO", "replace": "EACCES", "mkstemp": "EROFS"}
+
+
+@pytest.mark.parametrize("call", FAULTS)
+@pytest.mark.fault("disk")
+def test_a_disk_that_refuses_leaves_what_was_there_and_the_error_names_the_path(tmp_path, monkeypatch, call):
+    path = tmp_path / "a.txt"
+    write_atomically(path, b"before")
+    inject(monkeypatch, call, FAULTS[call])
+    with pytest.raises(OSError, match=r"a\.txt") as caught:
+        write_atomically(path, b"after")
+    assert (errno.errorcode[caught.value.errno], caught.value.filename) == (FAULTS[call], str(path))
+    monkeypatch.undo()
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_checked_before_it_takes_its_place(tmp_path):
+    path = tmp_path / "a.txt"
+    write_atomically(path, b"before")
+
+    def refuse(written: Path) -> None:
+        assert written.read_bytes() == b"after"
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        write_atomically(path, b"after", refuse)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.fault("SIGKILL")
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    code = """
+import os, sys
+from modeling.system.files import write_atomically
+write_atomically(sys.argv[1], b"x", check=lambda path: os.kill(os.getpid(), 9))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "sub" / "a.pt")], cwd=ROOT)
+    assert done.returncode == -9
+    (tmp_path / "mine.partial").write_text("precious")
+    assert len(list((tmp_path / "sub").iterdir())) == 1
+    remove_partial_files(tmp_path)
+    assert list((tmp_path / "sub").iterdir()) == []
+    assert (tmp_path / "mine.partial").exists()
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from modeling.system.files import locked
+with locked(Path(sys.argv[1])):
+    if sys.argv[2] == "fork" and os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+def hold(path: Path, kind: str = "plain", seconds: float = 30) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path), kind, str(seconds)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("kind", ["plain", "fork"])
+@pytest.mark.fault("two runs in one folder")
+def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path, kind):
+    """With `fork`, a child of the killed process lives on, as a loader's worker may for seconds."""
+    path = tmp_path / "lock"
+    with hold(path, kind) as process:
+        with pytest.raises(LockedError, match=f"process {process.pid} is at work"), locked(path):
+            pass
+        process.kill()
+        process.wait()
+        with locked(path):
+            assert path.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_lock_can_be_waited_for(tmp_path):
+    with hold(tmp_path / "lock", seconds=0.5):
+        started = time.perf_counter()
+        with locked(tmp_path / "lock", wait=True):
+            assert time.perf_counter() - started > 0.2
+
+
+def test_a_lock_that_cannot_be_had_names_the_file(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", fail)
+    with pytest.raises(OSError, match="lock") as caught, locked(tmp_path / "lock"):
+        pass
+    assert caught.value.filename == str(tmp_path / "lock")
