@@ -1,4 +1,4 @@
-"""What a run counts beside its weights: steps, losses, time; its log lines; when a line or a checkpoint is due."""
+"""What a run counts beside its weights: steps, losses, time; its log lines; when a line, a checkpoint or samples are due."""
 
 import contextlib
 import math
@@ -30,6 +30,9 @@ class TrainState:
     seconds: float = 0.0  # spent in training steps, data loading included
 
 
+Line = dict[str, float | None]
+
+
 class Stopwatch:
     """Seconds since the last `lap`, less those spent inside `paused`."""
 
@@ -53,11 +56,12 @@ class Bookkeeping:
 
     Args:
         state: the present state of the run; it is updated.
-        steps_per_epoch: for the log lines.
+        steps_per_epoch: whole batches in the training images.
         last_step: the length of the run in steps.
         log_every: steps between log lines; there is always one after the last step.
         checkpoint_every: steps between checkpoints; there is always one after the last step.
         checkpoint_seconds: a checkpoint is due after this time even if `checkpoint_every` is not reached.
+        sample_every: epochs between grids of samples.
         max_skipped_in_row: this many skipped steps, one after the other, end the run.
         precision: for the remedy in that error.
     """
@@ -70,6 +74,7 @@ class Bookkeeping:
         last_step: int,
         log_every: int,
         checkpoint_every: int,
+        sample_every: int,
         checkpoint_seconds: float = math.inf,
         max_skipped_in_row: int = 10,
         precision: str = "fp32",
@@ -77,7 +82,7 @@ class Bookkeeping:
         self.state, self.steps_per_epoch, self.last_step = state, steps_per_epoch, last_step
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.checkpoint_seconds, self.max_skipped_in_row = checkpoint_seconds, max_skipped_in_row
-        self.precision = precision
+        self.sample_every, self.precision = sample_every, precision
         self.clock = Stopwatch()
         self._saved_at = time.monotonic()
         self._losses: list[Tensor] = []
@@ -97,6 +102,13 @@ class Bookkeeping:
     def is_checkpoint_due(self) -> bool:
         is_time = time.monotonic() - self._saved_at >= self.checkpoint_seconds
         return self.state.step % self.checkpoint_every == 0 or self.state.step == self.last_step or is_time
+
+    @property
+    def are_samples_due(self) -> bool:
+        """Every `sample_every` epochs and after the last step."""
+        epoch, steps_into_epoch = divmod(self.state.step, self.steps_per_epoch)
+        is_edge = epoch > 0 and steps_into_epoch == 0 and epoch % self.sample_every == 0
+        return is_edge or self.state.step == self.last_step
 
     def note_checkpoint(self) -> None:
         """After a checkpoint was written: the time to the next one begins."""
@@ -128,7 +140,7 @@ class Bookkeeping:
             state.loss_sum += loss
             state.num_losses += 1
 
-    def make_line(self, learning_rate: float) -> dict[str, float | None]:
+    def make_line(self, learning_rate: float) -> Line:
         """The metrics of a log line: means since the line before, which begin again here.
 
         Args:
@@ -151,3 +163,12 @@ class Bookkeeping:
             "images_per_second": num_images / seconds,
             "memory_bytes": peak_memory_bytes(),
         }
+
+
+def describe_line(line: Line) -> str:
+    """The part of a log line that is shown beside the progress bar."""
+    skipped = f", {line['train/skipped']} skipped" if line["train/skipped"] else ""
+    return (
+        f"epoch {line['epoch']}, loss {line['train/loss_smoothed']:.4f}, "
+        f"lr {line['train/lr']:.1e}, {line['images_per_second']:.0f} images/s{skipped}"
+    )

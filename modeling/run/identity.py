@@ -71,11 +71,11 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str
     """Where two nested dictionaries differ: dotted key -> (value in the first, in the second); None where missing."""
     result = {}
     for key in sorted(first.keys() | second.keys()):
-        pair = first.get(key), second.get(key)
-        if isinstance(pair[0], dict) and isinstance(pair[1], dict):
-            result |= differences(*pair, prefix=f"{prefix}{key}.")
-        elif pair[0] != pair[1]:
-            result[prefix + key] = pair
+        a, b = first.get(key), second.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            result |= differences(a, b, prefix=f"{prefix}{key}.")
+        elif a != b:
+            result[prefix + key] = a, b
     return result
 
 

@@ -145,6 +145,7 @@ class Run:
             last_step=self.last_step,
             log_every=train.log_every,
             checkpoint_every=train.checkpoint_every,
+            sample_every=train.sample_every,
             checkpoint_seconds=self.config.runtime.checkpoint_seconds or math.inf,
             max_skipped_in_row=train.max_skipped_in_row,
             precision=self.precision,

@@ -30,8 +30,8 @@ class Step:
     state: TrainState  # step k is `state.step`, from 0
     seed: int  # the run's
     learning_rate: Callable[[int], float]  # step (from 0) -> learning rate
-    precision: str = "fp32"  # as the next one, for `modeling.training.backward`
-    micro_batch_size: int | None = None
+    precision: str = "fp32"  # for `modeling.training.backward`
+    micro_batch_size: int | None = None  # likewise
     max_grad_norm: float | None = None  # scales the gradient down to this norm; None leaves it
 
     def __post_init__(self) -> None:
@@ -58,10 +58,7 @@ class Step:
     def update(self, loss: Tensor) -> Tensor:
         """Clips the gradient, then moves weights and average, unless loss or gradient is not finite.
 
-        A skipped step changes neither weights nor average nor optimizer.
-
-        Returns:
-            The loss, NaN if the step was skipped; on the device (no CPU-GPU sync).
+        A skipped step changes neither weights nor average nor optimizer. Returns the loss, NaN for a skipped step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.state.step)
@@ -84,7 +81,8 @@ class Step:
 
     def _update_on_device(self, is_skipped: Tensor) -> None:
         """The update where the device decides on its own whether the step counts: no CPU-GPU sync."""
-        self.optimizer.found_inf = is_skipped.float()  # the fused optimizers then leave everything as it is
+        # Where this is 1 the fused optimizers leave everything as it is; torch's stubs do not know it.
+        self.optimizer.found_inf = is_skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.ema.update(self.model.eps_model, self.state.step, unless=is_skipped)
 

@@ -34,7 +34,6 @@ class Recorder:
         *,
         ema: Ema | None = None,
         state: TrainState | None = None,
-        sample_every: int = 1,
         make=Step,
         **options,
     ):
@@ -43,10 +42,8 @@ class Recorder:
         self.batches = batches or Batches(IMAGES, 4, seed=0)
         self.optimizer = optimizer or SGD(model.parameters(), lr=0.01)
         self.ema, self.state = ema or Ema(model.eps_model, 0.9), state or TrainState()
-        self.config = SimpleNamespace(
-            train=SimpleNamespace(sample_every=sample_every), runtime=SimpleNamespace(num_workers=0)
-        )
-        self._make, self._options = make, {"log_every": 2, "checkpoint_every": 3} | options
+        self.config = SimpleNamespace(runtime=SimpleNamespace(num_workers=0))
+        self._make, self._options = make, {"log_every": 2, "checkpoint_every": 3, "sample_every": 1} | options
         self.training = Training(self, self)
 
     def _given(self, function) -> dict:
