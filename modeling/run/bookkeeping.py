@@ -1,4 +1,4 @@
-"""What a run counts beside its weights: steps, losses, time; its log lines; when a line, a checkpoint or samples are due."""
+"""What a run counts beside its weights: steps, losses, time; its log lines; when what is due."""
 
 import contextlib
 import math
