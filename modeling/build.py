@@ -1,6 +1,6 @@
-"""Configuration to objects: the one module that knows both sides.
+"""Builds objects from the configuration: the one module that knows both sides.
 
-Classes are chosen by name from the tables below, never by a path in a configuration: a configuration found inside a
+Classes are chosen by name from the tables below, never by a path in a configuration: the configuration inside a
 checkpoint must not be able to name code.
 """
 
@@ -23,7 +23,7 @@ from modeling.runtime import (
     resolve_precision,
     use_deterministic_algorithms,
 )
-from modeling.schedules import cosine_betas
+from modeling.schedules import cosine_betas, linear_betas
 from modeling.seeding import Purpose, derive_seed
 from modeling.system.errors import UserError
 from modeling.unet import UnetModel
@@ -33,28 +33,28 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch
 
 
 def _options(section: Model | Optimizer, keys: Iterable[str]) -> dict:
-    """The section's values under these keys, less those that the chosen alternative does not have."""
+    """The section's values under these keys, without the nulls: keys that the chosen alternative does not have."""
     return {key: value for key in keys if (value := getattr(section, key)) is not None}
 
 
 def build_eps_model(section: Model) -> nn.Module:
-    """The network, with weights from torch's default generator."""
+    """Builds the network; its weights are drawn from torch's default generator."""
     keys = ("hidden_size", "multipliers", "num_blocks", "attention_resolutions", "dropout")
     return MODELS[section.name](IMAGE_CHANNELS, IMAGE_CHANNELS, **_options(section, keys))
 
 
 def build_model(config: Config) -> DiffusionModel:
-    """The diffusion model with weights drawn from the run's seed, on the CPU."""
+    """Builds the diffusion model on the CPU, with weights drawn from the run's seed."""
     torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
     return build_diffusion(config, build_eps_model(config.model))
 
 
 def build_trained_model(config: Config, weights: dict[str, Tensor]) -> DiffusionModel:
-    """The diffusion model with these weights, on the CPU.
+    """Builds the diffusion model on the CPU, with these weights.
 
     Raises:
-        UserError: when the weights are not those of the configured network; before any memory is taken for it, because
-            both may come from a file made to harm.
+        UserError: if the weights do not fit the configured network. This is checked before the network takes any
+            memory, because both may come from a malicious file.
     """
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in build_eps_model(config.model).state_dict().items()}
@@ -71,27 +71,31 @@ def build_trained_model(config: Config, weights: dict[str, Tensor]) -> Diffusion
 
 
 def build_diffusion(config: Config, eps_model: nn.Module) -> DiffusionModel:
-    """The configured diffusion process around an eps model."""
+    """Builds the configured diffusion process around an eps model."""
     section = config.diffusion
-    betas = cosine_betas(section.num_timesteps) if section.schedule == "cosine" else tuple(section.betas)
+    if section.schedule == "cosine":
+        betas = cosine_betas(section.num_timesteps)
+    else:
+        assert section.betas is not None  # the schema requires them
+        betas = linear_betas(*section.betas, num_timesteps=section.num_timesteps)
     return DiffusionModel(
         eps_model, betas, section.num_timesteps, prediction=section.prediction, weighting=section.weighting
     )
 
 
 def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over the model's parameters, wherever they are."""
+    """Builds the optimizer of the model's parameters, on their device."""
     options = _options(section, ("lr", "momentum", "weight_decay"))
     is_fused = next(model.parameters()).device.type in ("cpu", "cuda")
     optimizer = OPTIMIZERS[section.name](model.parameters(), fused=is_fused, **options)
-    if section.momentum is not None:  # else a first step that the device skips would leave it uninitialised
+    if section.momentum is not None:  # a first step that the device skips would leave it uninitialised
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def build_learning_rate(section: Optimizer, last_step: int) -> Callable[[int], float]:
-    """step (from 0) -> learning rate: linear warm-up (cut to the run), then constant or half a cosine down to 0."""
+    """Returns step (from 0) -> learning rate: linear warm-up (cut to the run), then constant or half a cosine to 0."""
     warmup = min(section.warmup_steps, last_step)
 
     def learning_rate(step: int) -> float:
@@ -105,14 +109,14 @@ def build_learning_rate(section: Optimizer, last_step: int) -> Callable[[int], f
 
 
 def build_batches(config: Config, images: Tensor, device: torch.device) -> Batches:
-    """The run's training batches over images (N, 3, H, W) uint8, made on the GPU unless workers are to make them."""
+    """Builds the run's batches of images (N, 3, H, W) uint8; on a GPU, unless worker processes make them."""
     if device.type == "cuda" and config.runtime.num_workers == 0:
         images = images.to(device)  # 154 MB for CIFAR-10
     return Batches(images, config.train.batch_size, config.seed, config.train.random_flip)
 
 
 def build_runtime(section: Machine) -> tuple[torch.device, str]:
-    """Device and precision, with `auto` resolved; sets up the process for them."""
+    """Sets up the process for the configured machine; returns device and precision, with `auto` resolved."""
     device = resolve_device(section.device)
     if device.type == "cuda" and section.deterministic:
         use_deterministic_algorithms()

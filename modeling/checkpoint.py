@@ -1,6 +1,6 @@
-"""Checkpoints: the full state of a run (`.pt`) and the exported weights with their configuration (`.safetensors`).
+"""Saves and loads the full state of a run (`.pt`) and weights with their configuration (`.safetensors`).
 
-Both are written whole or not at all, and loading either executes nothing.
+Each file is written completely or not at all. Loading a file never executes code from it.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,33 @@ from torch.optim import Optimizer
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 FORMAT = 2
-_CONTENT = {"about": dict, "config": dict, "state": dict, "model": dict, "ema": dict, "optimizer": dict}
 _DIGEST_CHARACTERS = 64
-_MAX_PICKLE_BYTES = 16 << 20  # the structure without the tensors; that of 35.7M parameters has 0.2 MB
+_MAX_PICKLE_BYTES = 16 << 20  # the structure without the tensors; 0.2 MB for a network of 35.7M parameters
+
+
+class Checkpoint(TypedDict):
+    """What a full checkpoint holds; see `save_checkpoint`."""
+
+    format: int
+    about: dict
+    config: dict
+    state: dict
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict
 
 
 class CheckpointError(UserError):
-    """A file that is no checkpoint of this project, a damaged one, or one that does not fit."""
+    """A file is no checkpoint of this project, is damaged, or does not fit."""
 
 
 @contextlib.contextmanager
 def reading(path: str | Path, kind: str) -> Iterator[None]:
-    """Makes a CheckpointError of whatever a file raises while it is read inside; only an OSError passes.
+    """Turns any exception raised while reading an untrusted file into a CheckpointError; OSError passes through.
 
     Args:
         kind: what the file should be, for the message.
@@ -42,16 +57,16 @@ def reading(path: str | Path, kind: str) -> Iterator[None]:
         yield
     except OSError:
         raise
-    except Exception as error:  # a file made to harm may raise anything
+    except Exception as error:  # a malicious file may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's text says how to load the file all the same
+        if isinstance(error, pickle.UnpicklingError):  # torch's message explains how to load it anyway
             reason = "it holds more than tensors and plain values"
         raise CheckpointError(f"{path} is no {kind}, or damaged: {reason}") from error
 
 
 def _seal(archive: io.BytesIO) -> None:
-    """Appends the SHA-256 of a zip archive as its comment, which every reader of archives skips."""
-    with archive.getbuffer() as view:  # in place: a copy would cost more than the sum
+    """Appends the SHA-256 of a zip archive as its comment, which zip readers ignore."""
+    with archive.getbuffer() as view:  # in place: a copy would take longer than the hash
         assert view[-2:] == b"\0\0"  # the length of the comment: torch.save writes none
         view[-2:] = _DIGEST_CHARACTERS.to_bytes(2, "little")
         digest = hashlib.sha256(view).hexdigest()
@@ -60,10 +75,10 @@ def _seal(archive: io.BytesIO) -> None:
 
 
 def _check(path: Path) -> None:
-    """Raises BadZipFile unless every bit is what was written; bounded in memory and time by the file's size.
+    """Raises BadZipFile unless every bit is as written; memory and time are bounded by the file's size.
 
-    `torch.load` checks no sums and would take a flipped bit for a weight. It would also inflate compressed members,
-    which `torch.save` does not write.
+    `torch.load` verifies no checksum, so a flipped bit would become part of a weight. It would also inflate compressed
+    members, which `torch.save` never writes.
     """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -83,9 +98,9 @@ def _check(path: Path) -> None:
 
 
 def _non_finite(value: object, name: str) -> str | None:
-    """The name of the first tensor or number in a nested structure that is not finite."""
+    """Returns the name of the first tensor or number in a nested structure that is not finite; None if all are."""
     if isinstance(value, Tensor):
-        # The float64 sum of float32 numbers is finite exactly where all of them are, and needs no memory.
+        # The float64 sum of float32 numbers is finite if and only if all of them are, and needs no memory.
         return None if torch.isfinite(value.sum(dtype=torch.float64)) else name
     if isinstance(value, float):
         return None if value - value == 0 else name
@@ -98,28 +113,30 @@ def save_checkpoint(
     *,
     about: dict,
     config: dict,
-    state: object,
+    state: "DataclassInstance",
     model: nn.Module,
     ema: nn.Module,
     optimizer: Optimizer,
     keep_as: Path | None = None,
 ) -> None:
-    """Writes everything a run needs to go on, and reads it back before it takes the place of what was there.
+    """Writes everything a run needs to resume, and reads it back before it replaces the file at `path`.
+
+    After an error the file that was at `path` is unchanged.
 
     Args:
         about: what identifies the run and its state, plain values.
         config: the resolved configuration, plain values.
-        state: the dataclass of a run's counters.
+        state: a dataclass of the run's counters.
         model: the eps model that is trained.
         ema: the eps model with averaged weights.
-        keep_as: the name that the file which was at `path` gets, at the last moment; None: it is replaced.
+        keep_as: a new name for the file that was at `path`; None replaces it.
 
     Raises:
         FloatingPointError: for a value that is not finite; nothing is written.
-        OSError: when the disk refuses, naming `path`; what was there stays.
-        CheckpointError: when the disk does not give back what was written; what was there stays.
+        OSError: if the file cannot be written; names `path`.
+        CheckpointError: if the file does not read back as it was written.
     """
-    content = {
+    content: Checkpoint = {
         "format": FORMAT,
         "about": about,
         "config": config,
@@ -130,7 +147,7 @@ def save_checkpoint(
     }
     for key in ("state", "model", "ema", "optimizer"):
         if name := _non_finite(content[key], key):
-            raise FloatingPointError(f"{name} is not finite: not saved, {path} is left as it is")
+            raise FloatingPointError(f"{name} is not finite: not saved, {path} is unchanged")
     buffer = io.BytesIO()  # torch.save to a path would write the path's stem into the file
     torch.save(content, buffer)
     _seal(buffer)
@@ -139,20 +156,20 @@ def save_checkpoint(
         try:
             load_checkpoint(written)
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: the disk does not give back what was written ({error})") from error
+            raise CheckpointError(f"{path}: the disk does not return what was written ({error})") from error
         if keep_as is not None:
             os.replace(path, keep_as)
 
     write_atomically(path, buffer.getbuffer(), check)
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """What `save_checkpoint` wrote, on the CPU.
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Loads what `save_checkpoint` wrote, onto the CPU.
 
     Raises:
         FileNotFoundError: for a missing file.
-        CheckpointError: for a file that is damaged, holds a value that is not finite, or anything but tensors and
-            plain values.
+        CheckpointError: for a file that is damaged, or holds a value that is not finite or is neither a tensor nor a
+            plain value.
     """
     path = Path(path)
     if not path.is_file():
@@ -162,25 +179,28 @@ def load_checkpoint(path: str | Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this project (format {FORMAT} expected)")
-    for key, kind in _CONTENT.items():
-        if not isinstance(content.get(key), kind):
+    for key in Checkpoint.__annotations__:
+        if key != "format" and not isinstance(content.get(key), dict):
             raise CheckpointError(f"{path} has no {key}")
-    if name := _non_finite({key: content[key] for key in _CONTENT}, path.name):
+    if name := _non_finite(content, path.name):
         raise CheckpointError(f"{path}: {name} is not finite")
-    return content
+    return cast(Checkpoint, content)
 
 
 def load_fitting(module: nn.Module | Optimizer, state: dict, path: str | Path) -> None:
-    """`module.load_state_dict(state)`, in the module's own memory layout whatever the layout was.
+    """`module.load_state_dict(state)`, converted to the memory layout of the module's weights.
+
+    Args:
+        path: the file that the state is from, for the message.
 
     Raises:
-        CheckpointError: when the state is another module's.
+        CheckpointError: if the state belongs to another module.
     """
     try:
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not fit: {error}") from error
-    if isinstance(module, Optimizer):  # the fused kernels walk through weights and moments in the order of memory
+    if isinstance(module, Optimizer):  # the fused kernels read weights and moments in memory order
         for parameter, values in module.state.items():
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -197,14 +217,14 @@ def export_weights(path: str | Path, module: nn.Module, config: dict) -> None:
 
 
 def load_weights(path: str | Path, kind: str = "ema") -> tuple[dict, dict[str, Tensor]]:
-    """Configuration and weights from an exported file (`.safetensors`) or a full checkpoint (`.pt`).
+    """Loads configuration and weights from an exported file (`.safetensors`) or a full checkpoint (`.pt`).
 
     Args:
-        kind: "ema" for the averaged weights, "raw" for the plain ones, which only a full checkpoint holds.
+        kind: "ema" for the averaged weights, "raw" for the trained ones, which only a full checkpoint holds.
 
     Raises:
         FileNotFoundError: for a missing file.
-        CheckpointError: for any other file that is neither, or does not hold that kind.
+        CheckpointError: for a file of another format, or one that does not hold this kind of weights.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

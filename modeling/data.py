@@ -1,4 +1,4 @@
-"""Prepared uint8 arrays to training batches, each a function of (seed, step)."""
+"""Prepared uint8 arrays become training batches; a batch is a function of (seed, step)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +13,21 @@ from modeling.seeding import Purpose, draw_integers, draw_permutation
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
 
-if TYPE_CHECKING:  # its module knows OmegaConf, which training does not need
+if TYPE_CHECKING:  # its module imports OmegaConf, which training does not need
     from modeling.stage import Manifest
 
 
 class Batches(Dataset):
     """Training batches numbered by step: item k is the batch of step k, counted from 0 over the whole run.
 
-    Every epoch has its own order; the last images that do not fill a batch wait for another epoch. A batch depends on
-    the seed and the step alone, so any loader with any number of workers can start at any step.
+    Every epoch has its own order and leaves out the last images that do not fill a batch. A batch depends on the seed
+    and the step alone, so any loader with any number of workers can start at any step.
 
     Args:
-        images: (N, C, H, W) uint8; the batches are made on their device.
+        images: (N, C, H, W) uint8; the batches are on the same device.
         batch_size: images a batch, at most N.
         seed: the run's seed.
-        random_flip: mirrors half of the images, left to right.
+        random_flip: mirrors half of the images of a batch, left to right.
 
     Raises:
         UserError: for a batch_size outside 1..N.
@@ -57,24 +57,24 @@ class Batches(Dataset):
         return batch
 
     def loader(self, steps: Sequence[int], num_workers: int = 0, device: torch.device | str = "cpu") -> DataLoader:
-        """A loader of the batches of these steps, in this order, ready to be moved to the device."""
+        """Returns a loader of the batches of these steps, in this order, in memory that can be copied to the device."""
         pin_memory = torch.device(device).type == "cuda" and self.images.device.type == "cpu"
         return DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def load_images(folder: str | Path, split: str, manifest: "Manifest") -> Tensor:
-    """The images of a split, held in memory.
+    """Loads the images of a split into memory.
 
     Args:
         folder: where `prepare_data.py` wrote them.
         split: "train" or "test".
-        manifest: the one that was written beside them.
+        manifest: the one in that folder.
 
     Returns:
         (N, 3, H, W) uint8.
 
     Raises:
-        UserError: for an array that is missing or not the one that was prepared.
+        UserError: if the array is missing or is not the one that was prepared.
     """
     path = Path(folder) / f"{split}.npy"
     remedy = "run prepare_data.py again"

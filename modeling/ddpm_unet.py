@@ -1,17 +1,20 @@
 """The UNet of Ho et al. 2020 (appendix B) in any size.
 
-The time reaches every residual block through a sinusoidal embedding, and the last layer of each block starts at zero,
-so that an untrained network is close to a plain pass through its skips.
+The time reaches every residual block through a sinusoidal embedding. The last layer of each block starts at zero, so
+in an untrained network a block passes on little more than its input.
 """
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.layers import GroupNorm, check_hidden_size, check_model_input
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def embed_time(t: Tensor, num_features: int) -> Tensor:
@@ -33,12 +36,13 @@ def embed_time(t: Tensor, num_features: int) -> Tensor:
 
 
 def _group_norm(channels: int) -> GroupNorm:
-    """The paper's 32 groups for multiples of 128 channels; fewer, of a multiple of 4 channels each, for others."""
+    """32 groups for multiples of 128 channels, as in the paper; else fewer, of a multiple of 4 channels each."""
     return GroupNorm(math.gcd(channels // 4, 32), channels, eps=1e-6)
 
 
-def _initialise(layer: nn.Conv2d | nn.Linear, is_last: bool = False) -> nn.Conv2d | nn.Linear:
-    """Glorot uniform as in the paper's code; zero for the last layer of a block."""
+def _initialise(layer: Layer, is_last: bool = False) -> Layer:
+    """Glorot uniform weights as in the paper's code; zero for the last layer of a block."""
+    assert layer.bias is not None
     if is_last:
         nn.init.zeros_(layer.weight)
     else:
@@ -52,7 +56,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int = 3, is_last: bo
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, + time, norm, SiLU, dropout, conv, + x."""
+    """norm, SiLU, conv, add the time, norm, SiLU, dropout, conv, add x."""
 
     def __init__(self, in_channels: int, out_channels: int, time_features: int, dropout: float):
         super().__init__()
@@ -91,7 +95,7 @@ class AttentionBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """One residual block and, at the resolutions that ask for it, attention."""
+    """One residual block and, where asked for, attention."""
 
     def __init__(self, in_channels: int, out_channels: int, time_features: int, dropout: float, has_attention: bool):
         super().__init__()
@@ -103,7 +107,7 @@ class Level(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a conv3x3 with stride 2, padded below and to the right only, as the paper's code."""
+    """Halves height and width by a conv3x3 with stride 2, padded at the bottom and right as in the paper's code."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -114,7 +118,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repetition, then conv3x3."""
+    """Doubles height and width by repeating pixels, then applies a conv3x3."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -132,10 +136,10 @@ class DdpmUnet(nn.Module):
         out_channels: channels of the result.
         hidden_size: base width, a positive multiple of 8.
         multipliers: width of each level in units of hidden_size; each level after the first halves the resolution.
-        num_blocks: residual blocks a level on the way down (one more on the way up).
-        attention_resolutions: heights with attention after each block; the middle always has it.
+        num_blocks: residual blocks per level on the way down (one more on the way up).
+        attention_resolutions: heights at which each block has attention; the middle always has it.
         dropout: probability in [0, 1).
-        image_size: height and width it is trained for; attention_resolutions refer to it. Other sizes work, too.
+        image_size: height and width of the training images, to which attention_resolutions refer; other sizes work.
 
     Raises:
         ValueError: for a hidden_size, multipliers, num_blocks, resolutions or dropout outside these ranges.
@@ -172,7 +176,7 @@ class DdpmUnet(nn.Module):
             _initialise(nn.Linear(hidden_size, time_features)),
             nn.SiLU(),
             _initialise(nn.Linear(time_features, time_features)),
-            nn.SiLU(),  # the paper applies it in each block; once is the same function
+            nn.SiLU(),  # the paper applies it in every block, which is the same function
         )
 
         def level(in_width: int, out_width: int, has_attention: bool) -> Level:
@@ -215,7 +219,7 @@ class DdpmUnet(nn.Module):
             (B, out_channels, H, W).
 
         Raises:
-            ValueError: for a wrong shape or range, with what was got.
+            ValueError: for a wrong shape or range, with the one it got.
         """
         x, t = check_model_input(x, t, self.in_channels, self.multiple)
         x, t = x.to(self.conv_in.weight.device), t.to(self.conv_in.weight)

@@ -4,34 +4,26 @@
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.schedules import get_schedules as get_schedules  # its fixed place is here
+from modeling.schedules import get_schedules as get_schedules  # others' code imports it from here
 from modeling.schedules import linear_betas, schedule_tables
+from modeling.seeding import Noise, draw_noise, starting_point
+from modeling.system.progress import Bar
 
 PREDICTIONS = ("eps", "x_0", "v")
 WEIGHTINGS = ("uniform", "min_snr_5")
 VARIANCES = ("large", "small")
 SNR_CAP = 5.0
 
-Item = TypeVar("Item")
-Noise = Callable[[int], Tensor]  # timestep -> z of Algorithm 2, (B, *size); at 0 the starting noise x_T
-
-
-class Bar(Protocol):
-    """Wraps the items of a loop to show its progress, as `tqdm` does; `iter` shows nothing."""
-
-    def __call__(self, items: Iterable[Item], /) -> Iterable[Item]: ...
-
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; each submodule's own mode is restored afterwards."""
+    """Eval mode and no gradients inside; afterwards each submodule is in its own mode again."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
@@ -43,7 +35,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises a ValueError for a value that is none of the choices."""
+    """Raises ValueError for a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
@@ -53,17 +45,17 @@ class DiffusionModel(nn.Module):
 
     Args:
         eps_model: called as eps_model(x_t, t) with x_t (B, ...) and t = timestep / T of shape (B,); returns the
-            predicted noise, or what `prediction` says, in the shape of x_t.
-        betas: (beta1, beta2), the ends of the linear schedule; or all of them as a tensor (T,).
+            predicted noise, or what `prediction` names, in the shape of x_t.
+        betas: (beta1, beta2), the ends of the linear schedule; or every beta in a tensor (T,).
         num_timesteps: T.
         prediction: what the network predicts: "eps" (eq. 14), "x_0", or "v" = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
             (Salimans & Ho 2022, arXiv 2202.00512).
-        weighting: of the squared error of that prediction at each timestep: "uniform", or "min_snr_5", which makes it
-            the squared error of x_0 times min(SNR_t, 5), SNR_t = abar_t / (1 - abar_t) (Hang et al. 2023,
+        weighting: weights of that prediction's squared error over the timesteps: "uniform", or "min_snr_5", with which
+            the loss is the squared error of x_0 times min(SNR_t, 5), SNR_t = abar_t / (1 - abar_t) (Hang et al. 2023,
             arXiv 2303.09556, section 3.4).
 
     Raises:
-        ValueError: for an unknown name, and as `linear_betas` and `schedule_tables`.
+        ValueError: for an unknown name, and what `linear_betas` and `schedule_tables` raise.
     """
 
     eps_model: nn.Module
@@ -91,7 +83,7 @@ class DiffusionModel(nn.Module):
         self.eps_model = eps_model
         self.num_timesteps = num_timesteps
         self.prediction = prediction
-        # float64 on the CPU whatever the module's device and dtype: the samplers take their coefficients from here.
+        # In float64 and on the CPU, whatever the module's device and dtype: the samplers read their coefficients here.
         self.schedules_float64 = schedule_tables(betas)
         for name, table in self.schedules_float64.items():
             self.register_buffer(name, table.float(), persistent=False)
@@ -107,19 +99,21 @@ class DiffusionModel(nn.Module):
 
     def _check_timesteps(self, timesteps: Tensor, batch_size: int) -> None:
         if timesteps.shape != (batch_size,) or timesteps.is_floating_point():
-            raise ValueError(
-                f"timesteps must be integers of shape ({batch_size},), "
-                f"got {timesteps.dtype} of shape {tuple(timesteps.shape)}"
-            )
+            found = f"{timesteps.dtype} of shape {tuple(timesteps.shape)}"
+            raise ValueError(f"timesteps must be integers of shape ({batch_size},), got {found}")
         in_range = (timesteps >= 1) & (timesteps <= self.num_timesteps)
         if timesteps.device.type == "cpu" and not torch.compiler.is_compiling() and not in_range.all():
             raise ValueError(f"timesteps must be in 1..{self.num_timesteps}, got {timesteps.tolist()}")
 
+    def _signal_and_sigma(self, timesteps: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t) of each image, (B, 1, ...) with ndim dimensions."""
+        shape = (-1,) + (1,) * (ndim - 1)
+        return self.sqrt_alphas_cumprod[timesteps].view(shape), self.sqrt_one_minus_alpha_prod[timesteps].view(shape)
+
     def q_sample(self, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, eq. 4; all of x_0, noise and x_t are (B, ...)."""
-        shape = (-1,) + (1,) * (x_0.ndim - 1)
-        mean_factor = self.sqrt_alphas_cumprod[timesteps].reshape(shape)
-        return mean_factor * x_0 + self.sqrt_one_minus_alpha_prod[timesteps].reshape(shape) * noise
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, eq. 4; x_0, noise and x_t are (B, ...)."""
+        signal, sigma = self._signal_and_sigma(timesteps, x_0.ndim)
+        return signal * x_0 + sigma * noise
 
     def _network(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The network's output for x_t (B, ...) at integer timesteps (B,), in float32 or better."""
@@ -127,11 +121,11 @@ class DiffusionModel(nn.Module):
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def predict(self, x_t: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
-        """What the network takes x_t to be made of, whichever of the two (or v) it predicts; eq. 4 and 15.
+        """The eps and the x_0 that the network predicts for x_t, from whichever output it has; eq. 4 and 15.
 
         Args:
             x_t: (B, ...).
-            timesteps: (B,) integers in 1..T, or one for all images (its coefficients are then those of float64).
+            timesteps: (B,) integers in 1..T; or one for all images, whose coefficients are then rounded from float64.
 
         Returns:
             eps and x_0, each (B, ...), float32 or better; x_0 is not clipped.
@@ -141,15 +135,13 @@ class DiffusionModel(nn.Module):
             sigma = self.schedules_float64["sqrt_one_minus_alpha_prod"][timesteps].item()
             timesteps = torch.full((len(x_t),), timesteps, device=x_t.device)
         else:
-            shape = (-1,) + (1,) * (x_t.ndim - 1)
-            signal = self.sqrt_alphas_cumprod[timesteps].reshape(shape)
-            sigma = self.sqrt_one_minus_alpha_prod[timesteps].reshape(shape)
+            signal, sigma = self._signal_and_sigma(timesteps, x_t.ndim)
         output = self._network(x_t, timesteps)
         if self.prediction == "eps":
             return output, (x_t - sigma * output) / signal
         if self.prediction == "x_0":
             return (x_t - signal * output) / sigma, output
-        return signal * output + sigma * x_t, signal * x_t - sigma * output  # v is eps, turned by 90 degrees from x_0
+        return signal * output + sigma * x_t, signal * x_t - sigma * output  # (eps, x_0) is (v, x_t), rotated
 
     def losses(self, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The weighted squared error of each image's prediction, averaged over its dimensions: (B,), float32."""
@@ -158,29 +150,23 @@ class DiffusionModel(nn.Module):
             target = noise
         elif self.prediction == "x_0":
             target = x_0
-        else:  # v: what q_sample gives for the noise, with minus x_0 in the noise's place
+        else:  # v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
             target = self.q_sample(noise, timesteps, -x_0)
         errors = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
         return self.loss_weights[timesteps] * errors
 
     def eps_losses(self, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """The squared error of eps (eq. 14) for each image, averaged over its dimensions: (B,), float32.
-
-        The measure that models share, whatever they are trained to predict.
-        """
+        """The squared error of eps (eq. 14) for each image, whatever the network predicts: (B,), float32."""
         eps, _ = self.predict(self.q_sample(x_0, timesteps, noise), timesteps)
         return F.mse_loss(eps, noise, reduction="none").flatten(1).mean(1)
 
     def forward(self, x: Tensor, *, timesteps: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """The training loss, one timestep an image: the inner lines of Algorithm 1; L_simple (eq. 14) by default.
+        """The training loss, a scalar (Algorithm 1, lines 2 to 5); L_simple (eq. 14) by default.
 
         Args:
             x: x_0, (B, ...), float in [-1, 1]; moved to the model's device if it is elsewhere.
-            timesteps: (B,) integers in 1..T; drawn uniformly from torch's default generator if not given.
-            noise: eps, of x's shape; likewise.
-
-        Returns:
-            A scalar: mean over batch and dimensions.
+            timesteps: (B,) integers in 1..T, one for each image; drawn from torch's default generator if not given.
+            noise: eps, of x's shape; drawn from torch's default generator if not given.
 
         Raises:
             ValueError: for timesteps or noise that do not fit x.
@@ -241,19 +227,17 @@ class DiffusionModel(nn.Module):
         Args:
             num_samples: B.
             size: shape of one image, for example (3, 32, 32).
-            device: where to sample; the model must be there.
+            device: the model's.
             variance: "large" for sigma_t^2 = beta_t, "small" for the posterior variance.
             clip_x0: clips each predicted x_0 to [-1, 1], as the paper's code does.
-            noise: called with 0 for x_T, then with each timestep T..2 for z of Algorithm 2; returns (B, *size). Drawn
-                from the generator if not given.
+            noise: called with 0 for x_T, then with the timesteps T..2; drawn from the generator if not given.
             generator: torch's default generator if not given.
-            bar: wraps the timesteps, for example `tqdm`.
 
         Returns:
             (B, *size), about [-1, 1].
 
         Raises:
-            ValueError: for an unknown variance or noise of another shape.
+            ValueError: for an unknown variance, or noise of another shape.
         """
         self.p_variance(1, variance)  # an unknown name fails before any compute
         noise = noise or draw_noise(num_samples, size, device, generator)
@@ -264,23 +248,3 @@ class DiffusionModel(nn.Module):
                 if timestep > 1:
                     x = x + self.p_variance(timestep, variance) ** 0.5 * noise(timestep).to(device)
         return x
-
-
-def draw_noise(
-    num_samples: int, size: Sequence[int], device: torch.device | str, generator: torch.Generator | None = None
-) -> Noise:
-    """Noise from a generator, torch's default one if None, drawn on its device."""
-    draw_device = device if generator is None else generator.device
-    return lambda timestep: torch.randn((num_samples, *size), generator=generator, device=draw_device).to(device)
-
-
-def starting_point(noise: Noise, num_samples: int, size: Sequence[int], device: torch.device | str) -> Tensor:
-    """x_T on the device.
-
-    Raises:
-        ValueError: for noise of another shape than (num_samples, *size).
-    """
-    x = noise(0)
-    if x.shape != (num_samples, *size):
-        raise ValueError(f"noise must have shape {(num_samples, *size)}, got {tuple(x.shape)}")
-    return x.to(device)

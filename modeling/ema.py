@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, which samples far better than the weights themselves."""
+"""Exponential moving average (EMA) of the weights, which samples far better than the weights themselves."""
 
 import copy
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """A float32 average of a module's parameters, with a warm-up so that it never lags early on.
+    """A float32 average of a module's parameters, with a warm-up so that it does not lag early in a run.
 
-    After update k (from 0) the decay is min(decay, (1 + k) / (10 + k)): the average reaches back over a fixed share
-    of the run until that exceeds 1 / (1 - decay) steps.
+    Update k (from 0) has the decay min(decay, (1 + k) / (10 + k)). So the average covers a fixed share of the run until
+    that share is longer than 1 / (1 - decay) steps.
 
     Args:
-        module: what is averaged; copied, so that the average starts at its present weights.
+        module: the module to average; it is copied, so the average starts at its present weights.
         decay: in [0, 1).
 
     Raises:
@@ -34,7 +34,7 @@ class Ema:
         """Moves the average towards the module's weights, after training step `step` (from 0).
 
         Args:
-            unless: scalar bool on the device; the average stays where it is true (no CPU-GPU sync).
+            unless: scalar bool on the device; if it is true, the average does not change (no CPU-GPU sync).
         """
         ours, theirs = dict(self.module.named_parameters()), dict(module.named_parameters())
         assert ours.keys() == theirs.keys()

@@ -1,4 +1,4 @@
-"""The variational bound in bits per dimension: how well a model explains images, with no other network involved."""
+"""The variational bound in bits per dimension: how well a model explains images, without another network."""
 
 import math
 from dataclasses import dataclass
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modeling.diffusion import Bar, DiffusionModel, evaluating
+from modeling.diffusion import DiffusionModel, evaluating
 from modeling.images import to_model_range
 from modeling.runtime import autocast
 from modeling.seeding import Purpose, draw_integers, draw_normal
+from modeling.system.progress import Bar
 
 _SEED = 0  # fixed, not the run's: every model is measured with the same noise
-_HALF_LEVEL = 1 / 255  # half the distance of two grey levels in [-1, 1]
+_HALF_LEVEL = 1 / 255  # half the distance between two grey levels in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class BitsPerDim:
         standard_error: of total, from the differences between images (and between the timesteps drawn for them); nan
             for one image.
         distortion: L_0, the bits to code x_0 given x_1.
-        rate: the bits to code x_1: L_1 + ... + L_{T-1}, and L_T, which is `prior`.
-        prior: L_T, that x_T is not quite noise.
-        terms: (K,) float64, the share of each of the K equal parts of the timesteps 2..T in the rate.
+        rate: the bits to code x_1: L_1 + ... + L_T.
+        prior: L_T, the part of the rate that comes from x_T being not quite noise.
+        terms: (K,) float64, the part of the rate that comes from each of the K equal parts of the timesteps 2..T.
         bounds: (K + 1,) integers: part k holds the timesteps bounds[k]..bounds[k + 1] - 1.
         num_images: N.
         num_timesteps: T of the process.
@@ -49,7 +50,7 @@ class BitsPerDim:
 
 
 def discretized_log_likelihood(x_0: Tensor, mean: Tensor, std: float) -> Tensor:
-    """log p(x_0 | x_1) of section 3.3: a Gaussian's share in each of 256 grey levels, the outer two open to infinity.
+    """log p(x_0 | x_1) of section 3.3: a Gaussian's mass at each of 256 grey levels, of which the outer two are open.
 
     Args:
         x_0: the levels, (...) in [-1, 1], multiples of 2/255 from -1.
@@ -85,21 +86,21 @@ def measure_errors(
     precision: str = "fp32",
     bar: Bar = iter,
 ) -> Tensor:
-    """What the network gets wrong at each timestep, of which every variant of the bound is a weighted sum.
+    """Measures the network's errors at each timestep; every variant of the bound is a weighted sum of them.
 
     Args:
         diffusion: any eps model in a `DiffusionModel`; measured on its device, in eval mode.
         images: (N, C, H, W) uint8.
         timesteps_per_image: K, how many of the timesteps 2..T are measured for each image: one drawn from each of K
-            equal parts, by which the estimate stays unbiased; None for all T - 1.
-        first_image: number of the first, on which its noise depends: images may be measured in parts.
+            equal parts, so that the estimate is unbiased; None for all T - 1.
+        first_image: number of the first image. Noise depends on this number, so images may be measured in parts.
         batch_size: images at a time; results depend on it by rounding only.
         precision: "fp32", or "bf16" or "fp16" for the network's matrix products.
         bar: wraps the K + 1 measurements of each batch, a list, for a progress bar.
 
     Returns:
-        (N, 3 + 3 K) float64 on the CPU, a row for each image: L_T, log p(x_0 | x_1) with x_0 raw and clipped, and the
-        K timesteps, squared errors of x_0 raw and clipped; in nats and per dimension.
+        (N, 3 + 3 K) float64 on the CPU, a row for each image: L_T, log p(x_0 | x_1) with the predicted x_0 raw and
+        clipped, then K times a timestep and the squared error of x_0 raw and clipped; in nats and per dimension.
 
     Raises:
         ValueError: for images that are not uint8 (N, C, H, W), or a timesteps_per_image outside 1..T - 1.

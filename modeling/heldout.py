@@ -1,4 +1,4 @@
-"""The loss on held-out images, measured so that two runs can be compared."""
+"""The held-out loss: the loss on images that are not trained on, measured so that two runs can be compared."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from modeling.runtime import autocast, check_finite
 from modeling.seeding import Purpose, draw_normal
 from modeling.system.progress import progress_bar
 
-_SEED = 0  # fixed, not the run's: every run is measured with the same noise
+_SEED = 0  # not the run's seed: every run is measured with the same noise
 
 
 def denoising_loss(
@@ -22,21 +22,22 @@ def denoising_loss(
     precision: str = "fp32",
     desc: str = "evaluating",
 ) -> tuple[float, dict[str, float]]:
-    """The squared error of eps (eq. 14) with fixed noise and timesteps spread evenly over 1..T.
+    """Measures the squared error of eps (eq. 14), with fixed noise and with timesteps spread evenly over 1..T.
 
-    Image i always gets the same timestep and the same noise, so differences between models are not drawn at random.
+    Image i always has the same timestep and the same noise, so chance plays no part in a difference between models.
 
     Args:
         images: (N, C, H, W) uint8.
-        num_bins: equal parts of 1..T, at most T of them.
+        num_bins: number of equal parts of 1..T, at most T.
         batch_size: images at a time; the result depends on it by rounding only.
+        desc: what is measured, for the progress bar and the error.
 
     Returns:
-        The mean loss, and that of each bin of timesteps under its bounds, such as "101-200"; a bin in which no image
-        falls is left out.
+        The mean loss, and the mean loss of each bin of timesteps by its bounds, for example "101-200"; bins without
+        images are left out.
 
     Raises:
-        FloatingPointError: when the loss is not finite.
+        FloatingPointError: if the loss is not finite.
     """
     total = model.num_timesteps
     timesteps = torch.arange(len(images)) * total // len(images) + 1  # (N,), 1..T

@@ -1,6 +1,6 @@
-"""Between the model's range [-1, 1] and 8-bit pictures: conversion, grids, PNG files.
+"""Conversion between the model's range [-1, 1] and 8-bit pictures; grids and PNG files.
 
-The scale is fixed. A picture is never stretched to its own minimum and maximum, which would hide colour faults.
+The scale is fixed. No picture is stretched to its own minimum and maximum, which would hide wrong colours.
 """
 
 import io
@@ -16,12 +16,12 @@ _BORDER = 2  # white pixels around each image
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """uint8 0..255 of any shape to float32 in [-1, 1]."""
+    """Converts uint8 0..255 of any shape to float32 in [-1, 1]."""
     return images.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float in [-1, 1] of any shape (clamped to it) to the nearest uint8 0..255."""
+    """Converts float of any shape, clamped to [-1, 1], to the nearest uint8 0..255."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -30,11 +30,16 @@ def make_grid(images: Tensor, num_columns: int | None = None) -> Tensor:
 
     Args:
         images: (N, C, H, W), float in [-1, 1] (clamped) or uint8.
-        num_columns: images a row; about as many as rows if not given.
+        num_columns: images per row; None makes the grid about square.
 
     Returns:
         (3, height, width) uint8 on the CPU.
+
+    Raises:
+        ValueError: for a num_columns below 1.
     """
+    if num_columns is not None and num_columns < 1:
+        raise ValueError(f"num_columns must be at least 1, got {num_columns}")
     if images.dtype != torch.uint8:
         images = to_uint8(images)
     num_columns = min(len(images), max(1, round(len(images) ** 0.5)) if num_columns is None else num_columns)
@@ -48,7 +53,7 @@ def make_grid(images: Tensor, num_columns: int | None = None) -> Tensor:
 
 
 def encode_png(image: Tensor) -> bytes:
-    """(3, H, W) uint8 as the bytes of a PNG file."""
+    """Encodes (3, H, W) uint8 as the bytes of a PNG file."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -57,7 +62,7 @@ def encode_png(image: Tensor) -> bytes:
 
 
 def save_grid(images: Tensor, path: str | Path, num_columns: int | None = None) -> Tensor:
-    """Writes `make_grid` of the images as a PNG, creating the folder; returns the grid."""
+    """Writes `make_grid` of the images to a PNG file, creating its folder; returns the grid."""
     grid = make_grid(images, num_columns)
     write_atomically(path, encode_png(grid))
     return grid

@@ -1,19 +1,19 @@
-"""What both networks share: checks of their input, and layers faster than PyTorch's on a CPU (docs/speed.md)."""
+"""What both networks share: input checks, and layers that are faster than PyTorch's on a CPU (docs/speed.md)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_FAST_GROUP = 16  # channels a group from which PyTorch's channels-last kernels are as fast as the contiguous ones
-_FAST_MAP = 32 * 32  # pixels from which the forward one is, for any group
+_FAST_GROUP = 16  # channels per group from which PyTorch's channels-last kernels are as fast as the contiguous ones
+_FAST_MAP = 32 * 32  # pixels from which the forward kernel is, for any group
 
 
 class _ChannelsLastGroupNorm(torch.autograd.Function):
-    """The function of `F.group_norm`, on contiguous copies where that is faster.
+    """The function of `F.group_norm`, computed on contiguous copies where that is faster.
 
-    With the channels last, PyTorch's kernels for the CPU walk over the channels of one group at a time. With 4 or 8 of
-    them that is 7 to 13 times slower than a contiguous kernel, and copying there and back takes less than what it
-    saves. Convolutions want the channels last, so the whole network cannot be contiguous.
+    In channels-last memory, PyTorch's CPU kernels read the channels of one group at a time. With 4 or 8 channels per
+    group they are 7 to 13 times slower than the contiguous kernel, and the two copies cost less than that.
+    Convolutions are faster with the channels last, so the whole network cannot be contiguous.
     """
 
     @staticmethod
@@ -37,10 +37,10 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm`: the same function and the same state, only sooner."""
+    """`nn.GroupNorm`, with the same function and the same state, but faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in the layout of x."""
+        """x and the result are (B, C, H, W) in one memory layout."""
         is_slow = (
             x.device.type == "cpu"
             and not torch.compiler.is_compiling()
@@ -51,8 +51,8 @@ class GroupNorm(nn.GroupNorm):
         if is_slow:
             return _ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         if x.device.type == "cuda" and x.dtype != self.weight.dtype:
-            # Autocast would compute in float32 and hand that on, to layers that only move memory. The kernel has its
-            # statistics in float32 all the same.
+            # Autocast would compute in float32 and pass that on to layers that only move memory. The kernel's
+            # statistics are in float32 in any case.
             with torch.autocast("cuda", enabled=False):
                 return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -62,13 +62,13 @@ class _IntegerReLU(torch.autograd.Function):
     """ReLU of bfloat16 in place, computed on its bits.
 
     PyTorch widens every element to float32 and narrows it again; comparing 16-bit integers is 3 to 4 times faster. An
-    element is negative if its integer is. From -128 down that is a number or -inf and becomes 0; above are the NaNs
-    with a sign, which stay (their gradient is 0, where PyTorch's passes).
+    element is negative if its bits, read as an integer, are. From -128 down these are numbers or -inf, which become 0.
+    The integers above are NaNs with a sign, which stay (their gradient is 0; PyTorch passes it on).
     """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        F.threshold_(x.view(torch.int16), -128, 0)
+        torch.threshold_(x.view(torch.int16), -128, 0)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x)
         return x
@@ -82,31 +82,31 @@ class _IntegerReLU(torch.autograd.Function):
 
 
 class ReLU(nn.ReLU):
-    """`nn.ReLU`, in place, sooner."""
+    """`nn.ReLU` in place, but faster."""
 
     def __init__(self):
         super().__init__(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape and layout; x itself is replaced, so whatever made it must not need it any more."""
+        """Overwrites x, of any shape and layout: the layer that made x must not need it for its gradient."""
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
             return _IntegerReLU.apply(x)
         return super().forward(x)
 
 
 def check_model_input(x: Tensor, t: Tensor, channels: int, multiple: int) -> tuple[Tensor, Tensor]:
-    """Checks what a UNet is called with; both networks share these rules.
+    """Checks the input of a UNet.
 
     Args:
         x: (B, C, H, W), C equal to `channels`, H and W positive multiples of `multiple`.
         t: (B,) or (B, 1), in (0, 1].
 
     Returns:
-        x and t of shape (B,), both as given otherwise.
+        x, and t with shape (B,).
 
     Raises:
-        ValueError: with what was got and what was expected. The range of t is checked on the CPU and outside
-            compilation only: on CUDA it would cost a synchronisation each step.
+        ValueError: with what was expected and what was given. The range of t is only checked on the CPU and outside
+            compilation: on CUDA the check would cost a synchronisation in each step.
     """
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must have shape (B, {channels}, H, W), got {tuple(x.shape)}")

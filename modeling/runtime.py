@@ -1,4 +1,4 @@
-"""The machine a run uses: device, precision, threads, memory layout and allocator."""
+"""The machine that a run uses: device, precision, threads, memory layout and allocator."""
 
 import contextlib
 import ctypes
@@ -19,21 +19,17 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for `runtime.device`: auto takes cuda, then mps, then the CPU.
+    """Returns the device for `runtime.device`; "auto" chooses cuda before mps before the CPU.
 
     Raises:
-        UserError: for a device that this machine does not have.
+        UserError: for a device that is not available.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device in is_available if is_available[device]]
     if name == "auto":
-        name = next(candidate for candidate, is_there in available.items() if is_there)
-    if not available.get(name, False):
-        have = [candidate for candidate, is_there in available.items() if is_there]
-        raise UserError(f"device={name}: not available here; this machine has {', '.join(have)}")
+        name = available[0]
+    if name not in available:
+        raise UserError(f"device={name}: not available; this machine has {', '.join(available)}")
     return torch.device(name)
 
 
@@ -46,17 +42,17 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16 for `runtime.precision`: auto takes bf16 where the hardware computes in it."""
+    """Returns fp32, bf16 or fp16 for `runtime.precision`; "auto" chooses bf16 where the hardware computes in it."""
     if name == "auto":
         return "bf16" if _has_bf16(device) else "fp32"
     return name
 
 
 def resolve_micro_batch_size(size: int | None, device: torch.device, batch_size: int, hidden_size: int) -> int:
-    """Images that go through the network at a time, for `runtime.micro_batch_size`.
+    """Returns how many images go through the network at once, for `runtime.micro_batch_size`.
 
-    By default 64 on a CPU at width 128, more or fewer at others, so that they take the same memory: larger parts are
-    hardly faster there (docs/speed.md). Whole batches elsewhere.
+    None chooses, on a CPU, 64 images at width 128, and as many as need the same memory at other widths: more are hardly
+    faster (docs/speed.md). On other devices it chooses the whole batch.
     """
     if size is None:
         size = max(1, 64 * 128 // hidden_size) if device.type == "cpu" else batch_size
@@ -64,7 +60,7 @@ def resolve_micro_batch_size(size: int | None, device: torch.device, batch_size:
 
 
 def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractContextManager:
-    """The context in which the network runs: bf16 or fp16 for its matrix products, or nothing for fp32."""
+    """Returns the context for running the network: bf16 or fp16 for its matrix products; no change for fp32."""
     dtype = DTYPES[precision]
     if dtype is None:
         return contextlib.nullcontext()
@@ -79,18 +75,18 @@ def check_finite(values: Tensor, what: str, precision: str) -> None:
 
 
 def place(module: ModuleType, device: torch.device) -> ModuleType:
-    """Moves a module to the device, its convolution weights with the channels last, which the activations then follow.
+    """Moves a module to the device, with the channels last in its convolution weights; activations follow them.
 
-    So convolutions are faster in bf16, by a third on a CPU with AMX, and no slower in fp32 (docs/speed.md).
+    Convolutions are then faster in bf16, by a third on a CPU with AMX, and no slower in fp32 (docs/speed.md).
     """
     module = module.to(device)
     return module if device.type == "mps" else module.to(memory_format=torch.channels_last)
 
 
 def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs that this process may use: those of its affinity mask, or its control group's quota if that is less.
+    """Counts the CPUs that this process may use: its affinity mask, or its control group's quota if that is less.
 
-    PyTorch sees the mask only: in a container with a quota of 2 on a machine of 64 it would start 64 threads.
+    PyTorch only knows the mask: in a container with a quota of 2 on a machine with 64 it would start 64 threads.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [cgroup / "cpu.max", cgroup / "cpu" / "cpu.cfs_quota_us"]  # versions 2 and 1
@@ -105,16 +101,16 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def limit_threads() -> None:
-    """Lets PyTorch use no more threads than there are CPUs for this process (fewer, if OMP_NUM_THREADS says so)."""
+    """Limits PyTorch's threads to the CPUs available to this process (or to OMP_NUM_THREADS, if that is fewer)."""
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed memory instead of giving it back to the kernel; True where that was possible.
+    """Makes glibc keep freed memory instead of returning it to the kernel; returns whether that was possible.
 
-    Tensors above malloc's mmap threshold would otherwise be mapped, page-faulted in and unmapped in every step, which
-    more than halves the speed of training on a CPU. Costs the peak memory until the process ends. Does what another
-    allocator in LD_PRELOAD would, without asking the user for one.
+    Otherwise tensors above malloc's mmap threshold are mapped, page-faulted in and unmapped in every step, which more
+    than halves the speed of training on a CPU. The cost: the process holds its peak memory until it ends. Another
+    allocator in LD_PRELOAD would do the same, but the user would have to install it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -124,9 +120,9 @@ def keep_freed_memory() -> bool:
 
 
 def use_deterministic_algorithms() -> None:
-    """Makes CUDA give the same bits every time; on the CPU it always does.
+    """Makes CUDA compute the same bits every time, as a CPU always does.
 
-    Call it before the first CUDA kernel: cuBLAS reads its workspace's size once.
+    Call it before the first CUDA kernel: cuBLAS reads the size of its workspace once.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.benchmark = False
@@ -134,8 +130,8 @@ def use_deterministic_algorithms() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held so far: of the CUDA device where one is in use, else resident."""
+    """Returns the most memory that this process has held: on the CUDA device if one is in use, else resident."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,6 +1,6 @@
-"""The family of samplers, ancestral to second order, and images that are a function of their number.
+"""The samplers, from ancestral to second order, and images that are a function of their number.
 
-They differ only in the update from x_t to x at the next timestep. An update receives each timestep as its abar, the
+Samplers differ only in the update from x_t to x at the next timestep. An update receives each timestep as its abar, the
 cumulative product of alphas, and nothing else.
 """
 
@@ -11,18 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modeling.diffusion import (
-    VARIANCES,
-    Bar,
-    DiffusionModel,
-    Noise,
-    check_choice,
-    draw_noise,
-    evaluating,
-    starting_point,
-)
+from modeling.diffusion import VARIANCES, DiffusionModel, check_choice, evaluating
 from modeling.runtime import autocast
-from modeling.seeding import image_noise
+from modeling.seeding import Noise, draw_noise, image_noise, starting_point
+from modeling.system.progress import Bar
 
 # (x, eps, x_0, abar, abar of the next timestep, source of noise) -> x at the next timestep
 Update = Callable[[Tensor, Tensor, Tensor, float, float, Callable[[], Tensor]], Tensor]
@@ -35,11 +27,10 @@ class Sampler:
     Args:
         name: "ancestral", "ddim" or "dpm_solver".
         num_steps: network evaluations, at timesteps evenly spaced over 1..T, at most T; None for all T.
-        clip_x0: clips each predicted x_0 to [-1, 1] and takes the noise that belongs to it. Needed where the network
-            is undertrained.
-        variance: of ancestral: "small" (None means it) for the posterior variance, "large" for the chain's own
+        clip_x0: clips each predicted x_0 to [-1, 1] and computes eps from it again; an undertrained network needs it.
+        variance: ancestral only: "small" (the default) for the posterior variance, "large" for the chain's own
             beta = 1 - abar_t / abar_s.
-        eta: of ddim, in [0, 1]: 0 (None means it) is deterministic, 1 is ancestral with the small variance. The noise
+        eta: ddim only, in [0, 1]: 0 (the default) is deterministic, 1 is ancestral with the small variance. The noise
             that a larger eta adds lets later steps correct earlier errors, which an undertrained network needs.
 
     Raises:
@@ -67,7 +58,7 @@ class Sampler:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}")
 
     def make_update(self) -> Update:
-        """A fresh update, for the steps of one batch in order."""
+        """Returns a new update, for the steps of one batch in order."""
         if self.variance is not None:
             return Ancestral(self.variance)
         return DpmSolver() if self.eta is None else Ddim(self.eta)
@@ -78,7 +69,7 @@ SAMPLERS = ("ancestral", "ddim", "dpm_solver")
 
 @dataclass(frozen=True)
 class Ancestral:
-    """Draws from p(x_s | x_t) of the chain that has these timesteps only (Ho et al. 2020, Algorithm 2, eq. 7).
+    """Draws from p(x_s | x_t) of the chain that has only these timesteps (Ho et al. 2020, Algorithm 2, eq. 7).
 
     The last step adds no noise.
     """
@@ -113,8 +104,8 @@ class Ddim:
 class DpmSolver:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2): the same ODE to second order, deterministic.
 
-    Its time is lambda = log(sqrt(abar) / sqrt(1 - abar)). The first step, which has no predecessor, and the last one,
-    which is infinitely long in lambda, are of first order.
+    Its time is lambda = log(sqrt(abar) / sqrt(1 - abar)). The first step has no predecessor and the last one is
+    infinitely long in lambda, so both are of first order.
     """
 
     def __init__(self) -> None:
@@ -139,7 +130,7 @@ def _log_snr(abar: float) -> float:
 
 
 def respaced_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """num_steps timesteps out of 1..T, evenly spaced, descending from T.
+    """Returns num_steps of the timesteps 1..T, evenly spaced, descending from T.
 
     Raises:
         ValueError: unless 1 <= num_steps <= T.
@@ -169,7 +160,7 @@ def sample(
     Other arguments and the result are those of `DiffusionModel.sample`.
 
     Raises:
-        ValueError: for more steps than the model has timesteps, or noise of another shape.
+        ValueError: for more steps than the model has timesteps, or for noise of another shape.
     """
     update = sampler.make_update()
     num_steps = model.num_timesteps if sampler.num_steps is None else sampler.num_steps
@@ -203,12 +194,12 @@ def sample_images(
     bar: Bar = iter,
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """`sample` for numbered images: each a function of the model, the sampler, the seed and its number.
+    """`sample` for numbered images: each is a function of the model, the sampler, the seed and its number.
 
     The other images of the batch change an image by rounding only.
 
     Args:
-        first_image: number of the first; the others follow.
+        first_image: number of the first image.
         precision: "fp32", or "bf16" or "fp16" for the network's matrix products; the steps between them are float32.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Noise schedules: beta at each timestep 1..T, and the tables that follow from it (index 0 is clean data)."""
+"""Noise schedules: beta at each timestep 1..T, and the tables computed from it (index 0 is clean data)."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def linear_betas(beta1: float, beta2: float, num_timesteps: int) -> Tensor:
-    """The paper's schedule (section 4): beta_1..beta_T evenly spaced from beta1 to beta2 (T = 1: beta1).
+    """Returns the paper's schedule (section 4): beta_1..beta_T evenly spaced from beta1 to beta2 (T = 1: beta1).
 
     Returns:
         (T,) float64.
@@ -22,9 +22,9 @@ def linear_betas(beta1: float, beta2: float, num_timesteps: int) -> Tensor:
 
 
 def cosine_betas(num_timesteps: int) -> Tensor:
-    """The schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 17): abar_t falls as a squared cosine.
+    """Returns the schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 17): abar_t falls as a squared cosine.
 
-    Its beta is cut to 0.999, as there, so that alphas_cumprod stays above 0.
+    As in that paper, beta is at most 0.999, so that alphas_cumprod is always above 0.
 
     Returns:
         (T,) float64.
@@ -45,7 +45,7 @@ def _check_num_timesteps(num_timesteps: int) -> None:
 
 
 def schedule_tables(betas: Tensor) -> dict[str, Tensor]:
-    """What follows from betas (T,): the tables of `get_schedules`, float64.
+    """Computes the tables of `get_schedules` from betas (T,), in float64.
 
     Raises:
         ValueError: for betas outside (0, 1).
@@ -71,11 +71,11 @@ def schedule_tables(betas: Tensor) -> dict[str, Tensor]:
 
 
 def get_schedules(beta1: float, beta2: float, num_timesteps: int) -> dict[str, Tensor]:
-    """The linear schedule of the paper (section 4) and what is derived from it.
+    """Computes the linear schedule of the paper (section 4) and the tables derived from it.
 
     Args:
         beta1: beta at timestep 1.
-        beta2: beta at timestep T; with T = 1 it is not used.
+        beta2: beta at timestep T; not used with T = 1.
         num_timesteps: T, at least 1.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Every random number of a run, as a function of (seed, purpose, step, index in the global batch).
+"""Every random number of a run is a function of (seed, purpose, step, index in the global batch).
 
-There is no generator whose state could be lost: a number is the hash of its address (SplitMix64's finaliser, Steele
-et al. 2014, on 64-bit integers). So a run resumes from its step number alone, and neither the number of workers nor
-how a batch is split changes a single draw. The integers are the same on every device; normals agree to rounding.
+A number is the hash of that address (SplitMix64's finaliser, Steele et al. 2014, on 64-bit integers), so no generator
+has a state to save. A run resumes from its step number alone, and neither the number of workers nor how a batch is
+split changes a single draw. The integers are the same on every device; normals agree to rounding.
 """
 
 import math
@@ -16,9 +16,11 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive counters over all 64 bits
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
+Noise = Callable[[int], Tensor]  # timestep -> z of Algorithm 2, (B, *shape); at 0 the starting noise x_T
+
 
 class Purpose(IntEnum):
-    """What a number is drawn for: one independent stream each."""
+    """What a number is drawn for; each purpose has its own stream."""
 
     WEIGHTS = 0
     ORDER = 1
@@ -31,7 +33,7 @@ class Purpose(IntEnum):
 
 
 def _signed(value: int) -> int:
-    """The two's complement reading of the low 64 bits, which is what an int64 tensor holds."""
+    """The low 64 bits read as two's complement, as an int64 tensor holds them."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
@@ -42,14 +44,14 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser, a bijection of 64-bit integers; int64 products wrap around, as they must."""
+    """SplitMix64's finaliser, a bijection of 64-bit integers; it relies on int64 products that wrap around."""
     z = (z ^ _shift(z, 30)) * _signed(_MULTIPLIERS[0])
     z = (z ^ _shift(z, 27)) * _signed(_MULTIPLIERS[1])
     return z ^ _shift(z, 31)
 
 
 def derive_seed(seed: int, purpose: Purpose, step: int = 0, index: int = 0) -> int:
-    """A 64-bit seed for (seed, purpose, step, index), for a generator that is not ours (weights, dropout)."""
+    """Returns a 64-bit seed for a generator of torch (weights, dropout)."""
     state = 0
     for word in (seed, int(purpose), step, index):
         state = (state ^ word) + _GOLDEN & _MASK
@@ -60,11 +62,11 @@ def derive_seed(seed: int, purpose: Purpose, step: int = 0, index: int = 0) -> i
 
 
 def draw_bits(seed: int, purpose: Purpose, step: int, indices: Tensor, num_words: int) -> Tensor:
-    """Random 64-bit words, one row for each index.
+    """Draws random 64-bit words, one row for each index.
 
     Args:
-        indices: (B,) int64, positions in the global batch (or image numbers); the device of the result is theirs.
-        num_words: words a row.
+        indices: (B,) int64, positions in the global batch (or image numbers); the result is on their device.
+        num_words: words per row.
 
     Returns:
         (B, num_words) int64, uniform over all 64 bits.
@@ -82,7 +84,7 @@ def draw_integers(seed: int, purpose: Purpose, step: int, indices: Tensor, high:
 
 
 def draw_normal(seed: int, purpose: Purpose, step: int, indices: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 numbers by the Box-Muller transform.
+    """Draws standard normal float32 numbers by the Box-Muller transform.
 
     Args:
         indices: (B,) int64, positions in the global batch (or image numbers).
@@ -101,14 +103,30 @@ def draw_normal(seed: int, purpose: Purpose, step: int, indices: Tensor, shape: 
 
 
 def draw_permutation(seed: int, epoch: int, count: int) -> Tensor:
-    """(count,) int64 on the CPU: the order of the data in an epoch."""
+    """The order of the data in an epoch, (count,) int64 on the CPU."""
     keys = draw_bits(seed, Purpose.ORDER, epoch, torch.arange(count), 1)[:, 0]
     return torch.argsort(keys, stable=True)
 
 
-def image_noise(seed: int, indices: Tensor, shape: Sequence[int]) -> Callable[[int], Tensor]:
-    """The noise that images with these numbers are sampled with: timestep -> (B, *shape), at 0 the starting noise.
+def image_noise(seed: int, indices: Tensor, shape: Sequence[int]) -> Noise:
+    """The noise for sampling images with these numbers, (B,).
 
-    So an image is a function of (seed, its number), whatever else is sampled in the same batch.
+    An image is then a function of (seed, its number), whatever else is sampled in the same batch.
     """
     return lambda timestep: draw_normal(seed, Purpose.SAMPLE, timestep, indices, shape)
+
+
+def draw_noise(
+    num_samples: int, size: Sequence[int], device: torch.device | str, generator: torch.Generator | None = None
+) -> Noise:
+    """Returns noise from a generator (None: torch's default), drawn on the generator's device."""
+    draw_device = device if generator is None else generator.device
+    return lambda timestep: torch.randn((num_samples, *size), generator=generator, device=draw_device).to(device)
+
+
+def starting_point(noise: Noise, num_samples: int, size: Sequence[int], device: torch.device | str) -> Tensor:
+    """x_T on the device; raises ValueError for noise of another shape than (num_samples, *size)."""
+    x = noise(0)
+    if x.shape != (num_samples, *size):
+        raise ValueError(f"noise must have shape {(num_samples, *size)}, got {tuple(x.shape)}")
+    return x.to(device)

@@ -1,11 +1,10 @@
 """The plain training loop: Algorithm 1's gradient, one step, one epoch; and grids of samples.
 
-What a run needs beside the gradient (random numbers by step number, learning rate, averaged weights, log lines,
-checkpoints) is in `modeling.run.step` and `modeling.run.loop`, around the same `backward`.
+A run is the same `backward` in `modeling.run.step` and `modeling.run.loop`, with random numbers by step number,
+learning rate, averaged weights, log lines and checkpoints.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from pathlib import Path
 
@@ -31,19 +30,17 @@ def backward(
 ) -> Tensor:
     """Adds the gradient of the batch's loss (Algorithm 1, line 5) to the parameters' `.grad`.
 
+    Returns the loss, a detached scalar on the device.
+
     Args:
         inputs: x_0, (B, C, H, W), float in [-1, 1], on the model's device.
-        timesteps: (B,) integers in 1..T, drawn by the model if not given.
-        noise: (B, C, H, W), drawn by the model if not given.
+        timesteps, noise: as for the model, which draws what is not given.
         precision: "fp32", or "bf16" or "fp16" for the network's matrix products; loss and weights stay float32.
-        micro_batch_size: at most this many images go through the network at once, and their gradients add up to that
-            of the batch: the same up to rounding (with dropout, up to other masks), in less memory. None for all.
-        loss_scale: the gradients are those of the loss times this; see `modeling.run.loss_scale`.
-
-    Returns:
-        The loss, a detached scalar on the device.
+        micro_batch_size: at most this many images go through the network at once, which needs less memory; None for
+            all. The gradient is the same up to rounding (with dropout, up to other masks).
+        loss_scale: the gradient is that of the loss times this; see `modeling.run.loss_scale`.
     """
-    num_parts = 1 if micro_batch_size is None else math.ceil(len(inputs) / micro_batch_size)
+    num_parts = 1 if micro_batch_size is None else -(-len(inputs) // micro_batch_size)
     parts = [repeat(None) if rows is None else rows.tensor_split(num_parts) for rows in (inputs, timesteps, noise)]
     loss = torch.zeros((), device=inputs.device)
     for x_0, part_timesteps, part_noise in zip(*parts, strict=False):
@@ -65,7 +62,7 @@ def train_step(
     precision: str = "fp32",
     micro_batch_size: int | None = None,
 ) -> Tensor:
-    """One step of Algorithm 1; arguments and result are those of `backward`, with inputs on any device."""
+    """Takes one step of Algorithm 1; arguments and result are those of `backward`, with inputs on any device."""
     inputs = inputs.to(device, non_blocking=True)
     optimizer.zero_grad()
     loss = backward(
@@ -76,26 +73,20 @@ def train_step(
 
 
 def train_epoch(model: DiffusionModel, dataloader: Iterable, optimizer: Optimizer, device: torch.device | str) -> float:
-    """Trains on every batch of the loader, with a progress bar.
-
-    Args:
-        dataloader: yields x or (x, ...), x as `train_step` takes it.
-
-    Returns:
-        The mean loss, each image counted once.
+    """Trains on every batch, x or (x, ...), with a progress bar; returns the mean loss over all images.
 
     Raises:
         ValueError: for a loader that yields nothing.
     """
     model.train()
     total, num_images = torch.zeros((), device=device), 0
-    with progress_bar(dataloader, total=len(dataloader) if isinstance(dataloader, Sized) else None, unit="step") as bar:
+    with progress_bar(dataloader, unit="step") as bar:
         for batch in bar:
             inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
             total += train_step(model, inputs, optimizer, device) * len(inputs)  # on the device: no CPU-GPU sync
             num_images += len(inputs)
     if num_images == 0:
-        raise ValueError("the dataloader yields no batch: there are fewer images than one batch takes")
+        raise ValueError("the dataloader yields no batch: it has fewer images than one batch takes")
     return (total / num_images).item()
 
 
@@ -108,15 +99,11 @@ def generate_samples(
     size: tuple[int, int, int] = (3, 32, 32),
     sampler: Callable[[DiffusionModel, int, tuple[int, int, int], torch.device | str], Tensor] = DiffusionModel.sample,
 ) -> Tensor:
-    """Samples and writes them as a PNG grid, creating parent folders; train/eval mode is as before afterwards.
+    """Samples images in eval mode, writes them as a PNG grid, creating its folder, and returns it, (3, H, W) uint8.
 
     Args:
-        path: the PNG.
         size: (C, H, W) of one image.
         sampler: called as sampler(model, num_samples, size, device); Algorithm 2 by default.
-
-    Returns:
-        The grid, (3, height, width) uint8.
     """
     with evaluating(model):
         return save_grid(sampler(model, num_samples, size, device), path)

@@ -1,7 +1,7 @@
-"""The assignment's UNet: three-convolution residual blocks, time added at two places only.
+"""The assignment's UNet: blocks of three convolutions, and the time added at two places only.
 
-Kept exactly as the course defines it. It sees the time through a weak embedding and cannot remove the last of the
-noise; for good samples use `modeling.ddpm_unet`.
+It is exactly as the course defines it. Its time embedding is weak and it cannot remove the last of the noise; for good
+samples use `modeling.ddpm_unet`.
 """
 
 import math
@@ -16,7 +16,7 @@ def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
         GroupNorm(8, out_channels),
-        ReLU(),  # neither neighbour needs what it replaces
+        ReLU(),  # neither neighbour needs the values that it overwrites
     )
 
 
@@ -44,7 +44,7 @@ class DownBlock(nn.Sequential):
 
 
 class UpBlock(nn.Module):
-    """Concatenates the skip connection, doubles height and width, then two blocks."""
+    """Concatenates the skip connection, doubles height and width, then applies two blocks."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -112,7 +112,7 @@ class UnetModel(nn.Module):
             (B, out_channels, H, W).
 
         Raises:
-            ValueError: for a wrong shape or range, with what was got.
+            ValueError: for a wrong shape or range, with the one it got.
         """
         x, t = check_model_input(x, t, self.in_channels, multiple=32)
         x, t = x.to(self.out.weight.device), t.to(self.out.weight)

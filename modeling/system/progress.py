@@ -1,11 +1,19 @@
 """Progress bars that are readable in a terminal and in a log file."""
 
 import sys
-from typing import TextIO
+from collections.abc import Iterable
+from typing import Protocol, TextIO, TypeVar
 
 from tqdm import tqdm
 
 LOG_INTERVAL_SECONDS = 10
+Item = TypeVar("Item")
+
+
+class Bar(Protocol):
+    """Wraps the items of a loop to show its progress, as `tqdm` does; `iter` shows nothing."""
+
+    def __call__(self, items: Iterable[Item], /) -> Iterable[Item]: ...
 
 
 class _Lines:
