@@ -25,7 +25,7 @@ def _seed():
             "cuda",
             marks=[
                 pytest.mark.cuda,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available"),
             ],
         ),
     ]

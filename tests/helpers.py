@@ -86,7 +86,7 @@ def zero_model(betas=BETAS, num_timesteps=T) -> DiffusionModel:
 
 def numpy_tables(betas, num_timesteps):
     """beta, alpha, abar in float64, indexed by timestep; index 0 is clean data."""
-    beta = np.concatenate([[0.0], np.linspace(*betas, num_timesteps)])
+    beta = np.concatenate([[0.0], np.linspace(betas[0], betas[1], num_timesteps)])
     return beta, 1 - beta, np.cumprod(1 - beta)
 
 
@@ -120,7 +120,7 @@ MACHINE_DEPENDENT = {"seconds", "images_per_second", "memory_bytes"}
 
 def result(folder: Path) -> dict:
     """All that a run leaves, less what depends on the machine's speed."""
-    content = load_checkpoint(folder / "checkpoints" / "last.pt")
+    content: dict = {**load_checkpoint(folder / "checkpoints" / "last.pt")}
     del content["config"], content["about"], content["state"]["seconds"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modeling.data import Batches, load_images
+from tests.helpers import random_images
 
 NUMBERED = torch.arange(50, dtype=torch.uint8).reshape(50, 1, 1, 1).expand(50, 3, 2, 2).contiguous()
 
@@ -34,15 +35,14 @@ def test_a_batch_is_a_function_of_seed_and_step():
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 4])
 def test_any_number_of_workers_gives_the_same_batches(start):
-    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
-    batches = Batches(images, 8, seed=0, random_flip=True)
+    batches = Batches(random_images(50, 3, 8, 8), 8, seed=0, random_flip=True)
     results = [torch.cat(list(batches.loader(range(start, 9), num_workers))) for num_workers in (0, 1, 2)]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
 def test_flips_mirror_half_of_the_images_and_leave_the_rest():
-    images = torch.randint(0, 256, (2000, 3, 4, 4), dtype=torch.uint8)
+    images = random_images(2000, 3, 4, 4)
     plain, flipped = Batches(images, 2000, seed=0)[0], Batches(images, 2000, seed=0, random_flip=True)[0]
     is_flipped = (flipped != plain).flatten(1).any(1)
     assert torch.equal(flipped[is_flipped], plain[is_flipped].flip(-1))
@@ -50,7 +50,7 @@ def test_flips_mirror_half_of_the_images_and_leave_the_rest():
 
 
 @pytest.mark.parametrize("batch_size", [0, 51])
-def test_a_batch_size_outside_the_data_is_refused(batch_size):
+def test_a_batch_size_outside_the_data_is_rejected(batch_size):
     with pytest.raises(ValueError, match=rf"1\.\.50 .* got {batch_size}"):
         Batches(NUMBERED, batch_size, seed=0)
 

@@ -13,13 +13,11 @@ from modeling.images import to_model_range
 from modeling.measures.linear_denoiser import LinearDenoiser, fit_linear_denoiser
 from modeling.schedules import cosine_betas
 from modeling.seeding import Purpose, draw_normal
-from tests.helpers import BETAS, Lambda, gaussian_oracle, numpy_tables
-
-T = 1000
+from tests.helpers import BETAS, Lambda, T, gaussian_oracle, numpy_tables, random_images
 
 
-def images(count=12, size=4, seed=0) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.manual_seed(seed))
+def images(count=12) -> torch.Tensor:
+    return random_images(count, 3, 4, 4)
 
 
 def gaussian_images(std: float, count: int) -> torch.Tensor:
@@ -71,7 +69,7 @@ def test_every_term_is_the_formula_of_its_mean_squared_error(variance):
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
-def test_the_decoder_has_the_posterior_variance_of_the_second_timestep_in_both(variance):
+def test_the_decoder_has_the_posterior_variance_of_timestep_2_in_both(variance):
     """L_0 written out in NumPy: sigma_1^2 = btilde_2."""
     num_timesteps, betas = 7, (1e-4, 2e-4)
     abar = numpy_tables(betas, num_timesteps)[2]
@@ -104,7 +102,7 @@ def test_dropout_is_off_while_measuring(device):
     assert net.training
 
 
-def test_the_prior_term_of_the_papers_schedule_is_about_a_hundred_thousandth():
+def test_the_prior_term_of_the_papers_schedule_is_about_1e_5():
     """Section 4: L_T is about 1e-5 bits per dimension."""
     assert 1e-6 < bits_per_dim(gaussian_oracle(0.5), images(), timesteps_per_image=1).prior < 4e-5
 
@@ -136,7 +134,7 @@ def test_gaussian_images_are_coded_in_little_more_than_their_entropy():
     assert found.total == pytest.approx(bits_per_dim(gaussian_oracle(std), batch).total, abs=1e-4)
 
 
-def test_stratified_timesteps_estimate_the_whole_sum_within_their_standard_error():
+def test_drawn_timesteps_estimate_the_whole_sum_within_their_error():
     batch = images(40)
     model = gaussian_oracle(0.5)
     whole, part = bits_per_dim(model, batch), bits_per_dim(model, batch, timesteps_per_image=50)
@@ -199,12 +197,12 @@ def test_the_cosine_schedule_can_be_measured():
         ({"images": torch.zeros(1, 3, 4, 4)}, "must be uint8"),
     ],
 )
-def test_wrong_arguments_are_refused(options, message):
+def test_wrong_arguments_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         bits_per_dim(gaussian_oracle(0.5), options.pop("images", images()), **options)
 
 
-def test_the_linear_denoiser_is_the_best_prediction_for_correlated_gaussian_data():
+def test_the_linear_denoiser_is_optimal_for_correlated_gaussian_data():
     """E[eps | x_t] by the conditional mean of a joint Gaussian, written out for two dimensions."""
     mean, covariance = torch.tensor([0.3, -0.1]), torch.tensor([[0.5, 0.3], [0.3, 0.4]])
     abar = torch.tensor([1.0, 0.8, 0.3], dtype=torch.float64)
@@ -223,4 +221,4 @@ def test_the_linear_denoiser_learns_mean_and_covariance_from_images():
     torch.testing.assert_close(net.mean, x.flatten(1).mean(0))
     torch.testing.assert_close(net.eigenvalues, torch.linalg.eigvalsh(torch.cov(x.flatten(1).T)), atol=1e-5, rtol=1e-4)
     isotropic = fit_linear_denoiser(x, torch.tensor([1.0, 0.5], dtype=torch.float64), is_isotropic=True)
-    assert isotropic.eigenvalues.item() == pytest.approx(x.var().item(), rel=1e-5)
+    assert isotropic.get_buffer("eigenvalues").item() == pytest.approx(x.var().item(), rel=1e-5)

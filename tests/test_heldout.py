@@ -1,13 +1,13 @@
-"""The loss at the end of a run: comparable, and right where the answer is known."""
+"""The held-out loss: comparable between runs, and right where the answer is known."""
 
 import pytest
 import torch
 
 from modeling.diffusion import DiffusionModel
 from modeling.heldout import denoising_loss
-from tests.helpers import Lambda, numpy_tables
+from tests.helpers import Lambda, numpy_tables, random_images
 
-IMAGES = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = random_images(60, 3, 8, 8)
 
 
 def model(function=lambda x, t: 0 * x, num_timesteps=20):
@@ -21,7 +21,7 @@ def test_bins_cover_all_timesteps_and_average_to_the_total(device):
     assert total == pytest.approx(1, abs=0.05)  # no prediction: the variance of the noise
 
 
-def test_it_does_not_depend_on_batch_size_or_torchs_generator():
+def test_the_loss_does_not_depend_on_batch_size_or_torchs_generator():
     function = lambda x, t: x * t[:, None, None, None]  # noqa: E731
     torch.manual_seed(1)
     whole, _ = denoising_loss(model(function), IMAGES, "cpu")

@@ -1,5 +1,7 @@
 """Between [-1, 1] and 8 bits: exact, clamped, never stretched."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 
 from modeling.images import make_grid, save_grid, to_model_range, to_uint8
 from modeling.system.files import write_atomically
+from tests.helpers import random_images
 
 
 def test_every_8_bit_value_survives_the_way_there_and_back():
@@ -38,10 +41,15 @@ def test_columns_default_to_a_square():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("count", "num_columns"), [(2, None), (5, None), (7, 3), (36, None), (3, 10)])
 def test_a_grid_is_that_of_torchvision(channels, count, num_columns):
-    """Which takes 1.3 s to import, so a run does without it."""
-    images = torch.randint(0, 256, (count, channels, 6, 5), dtype=torch.uint8)
-    expected = torchvision.utils.make_grid(images, nrow=num_columns or round(count**0.5), padding=2, pad_value=255)
+    """It takes 1.3 s to import, so a run does not use it."""
+    images, nrow = random_images(count, channels, 6, 5), round(count**0.5) if num_columns is None else num_columns
+    expected = torchvision.utils.make_grid(images, nrow=nrow, padding=2, pad_value=255)
     assert torch.equal(make_grid(images, num_columns), expected)
+
+
+def test_a_grid_without_columns_is_rejected():
+    with pytest.raises(ValueError, match="num_columns must be at least 1, got 0"):
+        make_grid(torch.zeros(2, 3, 4, 4), num_columns=0)
 
 
 def test_a_saved_grid_holds_the_same_pixels(tmp_path):
@@ -57,7 +65,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modeling.system.files.os.fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

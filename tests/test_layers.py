@@ -12,13 +12,13 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channel
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """What went through the copies."""
+    """The shapes of what is computed on contiguous copies."""
     seen, apply = [], _ChannelsLastGroupNorm.apply
     monkeypatch.setattr(_ChannelsLastGroupNorm, "apply", lambda *args: seen.append(args[0].shape) or apply(*args))
     return seen
 
 
-def outcome(norm: nn.GroupNorm, x: torch.Tensor) -> list[torch.Tensor]:
+def outcome(norm: nn.GroupNorm, x: torch.Tensor) -> list[torch.Tensor | None]:
     x = x.detach().clone().requires_grad_()
     y = norm(x)
     (y.float() * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum().backward()
@@ -29,10 +29,7 @@ def outcome(norm: nn.GroupNorm, x: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("pixels", [1, 8, 32])
 @pytest.mark.parametrize(("num_groups", "channels"), [(8, 32), (8, 64), (8, 128)])
 def test_it_is_the_function_and_the_gradient_of_group_norm(layout, pixels, num_groups, channels):
-    ours, plain = (
-        GroupNorm(num_groups, channels, eps=1e-6).double(),
-        nn.GroupNorm(num_groups, channels, eps=1e-6).double(),
-    )
+    ours, plain = (kind(num_groups, channels, eps=1e-6).double() for kind in (GroupNorm, nn.GroupNorm))
     for parameter in ours.parameters():
         nn.init.normal_(parameter)
     plain.load_state_dict(ours.state_dict())
@@ -54,7 +51,7 @@ def test_the_gradient_is_that_of_finite_differences(calls):
     ("channels", "layout", "is_copied"),
     [(32, "channels last", True), (128, "channels last", False), (32, "contiguous", False)],
 )
-def test_only_what_pytorch_is_slow_at_goes_through_copies_and_the_layout_stays(calls, channels, layout, is_copied):
+def test_only_slow_layouts_are_copied_and_the_layout_stays(calls, channels, layout, is_copied):
     x = torch.randn(2, channels, 4, 4).to(memory_format=LAYOUTS[layout])
     y = GroupNorm(8, channels)(x)
     assert bool(calls) == is_copied
@@ -72,7 +69,7 @@ def test_bf16_stays_bf16_with_statistics_in_float32(calls):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_on_cuda_keeps_the_precision_and_the_layout(dtype):
     norm = GroupNorm(8, 32).cuda()

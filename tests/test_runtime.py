@@ -1,11 +1,14 @@
 """Device, precision and memory of the machine at hand."""
 
+import os
+import platform
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from modeling import build, runtime
 from modeling.build import build_runtime
 from modeling.config import Machine, parse
 from modeling.runtime import (
@@ -24,21 +27,21 @@ from modeling.system.progress import progress_bar
 from tests.helpers import ROOT
 
 
-def test_auto_takes_the_best_device_there_is():
+def test_auto_chooses_the_best_available_device():
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert resolve_device("auto").type == best
     assert resolve_device("cpu").type == "cpu"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_missing_device_is_refused_and_the_present_ones_named():
-    with pytest.raises(ValueError, match=r"device=cuda: not available here; this machine has .*cpu"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is available")
+def test_a_missing_device_is_rejected_and_the_available_ones_are_named():
+    with pytest.raises(ValueError, match=r"device=cuda: not available; this machine has .*cpu"):
         resolve_device("cuda")
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch, has_bf16):
-    monkeypatch.setattr("modeling.runtime._has_bf16", lambda device: has_bf16)
+def test_auto_chooses_bf16_where_the_hardware_has_it(monkeypatch, has_bf16):
+    monkeypatch.setattr(runtime, "_has_bf16", lambda device: has_bf16)
     assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if has_bf16 else "fp32")
     assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
 
@@ -59,7 +62,7 @@ def test_fp16_on_a_cpu_is_warned_of(capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_named_with_its_precision(value):
+def test_a_value_that_is_not_finite_is_named_with_its_precision(value):
     check_finite(torch.zeros(3), "a sample", "fp16")
     with pytest.raises(FloatingPointError, match="^a sample is not finite in bf16$"):
         check_finite(torch.tensor([0.0, value]), "a sample", "bf16")
@@ -80,9 +83,8 @@ def test_what_is_not_finite_is_named_with_its_precision(value):
         (500, "cpu", 128, 128, 128),
     ],
 )
-def test_micro_batches_are_of_one_size_in_memory_on_a_cpu_and_whole_batches_elsewhere(
-    size, device, batch_size, hidden_size, expected
-):
+def test_micro_batches_need_the_same_memory_at_every_width_on_a_cpu(size, device, batch_size, hidden_size, expected):
+    """On other devices they are whole batches."""
     assert resolve_micro_batch_size(size, torch.device(device), batch_size, hidden_size) == expected
 
 
@@ -105,16 +107,16 @@ def test_freed_memory_is_kept_and_does_not_fault_again():
     assert counts[1] < counts[0] / 10
 
 
-def test_the_allocator_is_left_alone_where_the_configuration_says_so(monkeypatch, compose_config):
+def test_the_allocator_is_unchanged_where_the_configuration_says_so(monkeypatch, compose_config):
     calls = []
-    monkeypatch.setattr("modeling.build.keep_freed_memory", lambda: calls.append("kept"))
+    monkeypatch.setattr(build, "keep_freed_memory", lambda: calls.append("kept"))
     for value, expected in (("false", []), ("true", ["kept"])):
         build_runtime(parse(compose_config("runtime.device=cpu", f"runtime.keep_freed_memory={value}")).runtime)
         assert calls == expected
 
 
 def test_threads_respect_the_quota_of_a_container(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     assert available_cpus(tmp_path) == 64  # no control groups
     (tmp_path / "cpu").mkdir()
     for quota, expected in (("-1", 64), ("250000", 2), ("20000", 1)):
@@ -126,11 +128,11 @@ def test_threads_respect_the_quota_of_a_container(tmp_path, monkeypatch):
         assert available_cpus(tmp_path) == expected
 
 
-def test_a_smaller_number_of_threads_is_the_users(monkeypatch):
+def test_a_smaller_number_of_threads_is_kept(monkeypatch):
     asked = torch.get_num_threads()
     try:
         for available, expected in ((asked + 5, asked), (1, 1)):
-            monkeypatch.setattr("modeling.runtime.available_cpus", lambda available=available: available)
+            monkeypatch.setattr(runtime, "available_cpus", lambda available=available: available)
             limit_threads()
             assert torch.get_num_threads() == expected
     finally:
@@ -139,12 +141,12 @@ def test_a_smaller_number_of_threads_is_the_users(monkeypatch):
 
 def test_weights_are_placed_with_the_channels_last():
     layers = place(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(8, 8)), torch.device("cpu"))
-    assert layers[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert layers[1].weight.is_contiguous()
+    assert layers.get_parameter("0.weight").is_contiguous(memory_format=torch.channels_last)
+    assert layers.get_parameter("1.weight").is_contiguous()
 
 
-def test_other_c_libraries_are_left_alone(monkeypatch):
-    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+def test_other_c_libraries_are_not_called(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
 
 
@@ -157,7 +159,7 @@ def test_peak_memory_counts_bytes():
 
 
 def test_a_bar_is_drawn_in_place_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert list(progress_bar(range(3), desc="work")) == [0, 1, 2]
     assert "\r" in capsys.readouterr().err
 

@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from modeling.diffusion import DiffusionModel
-from modeling.samplers import SAMPLERS, respaced_timesteps, sample
+from modeling.samplers import SAMPLERS, Sampler, respaced_timesteps, sample
 from modeling.schedules import cosine_betas
 from tests.helpers import Lambda, gaussian_oracle, numpy_tables
 
@@ -34,25 +35,42 @@ def test_timesteps_are_evenly_spaced_from_the_last():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": 13}, r"1\.\.12, got 13"),
-        ({"num_steps": -1}, r"1\.\.12, got -1"),
-        ({"sampler": "ddim", "eta": -1}, r"eta must be in \[0, 1\], got -1"),
-        ({"sampler": "ancestral", "variance": "medium"}, "variance must be one of .*, got 'medium'"),
-        ({"sampler": "euler"}, "sampler must be one of .*'ancestral', 'ddim', 'dpm_solver'.*, got 'euler'"),
-        ({"noise": torch.zeros(2, 3)}, r"shape \(1, 3\), got \(2, 3\)"),
+        ({"num_steps": -1}, "num_steps must be at least 1, got -1"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"name": "ddim", "eta": -1}, r"eta must be in \[0, 1\], got -1"),
+        ({"name": "ddim", "variance": "small"}, "variance must be None with the sampler ddim, got small"),
+        ({"name": "ancestral", "eta": 0.0}, "eta must be None with the sampler ancestral, got 0.0"),
+        ({"name": "ancestral", "variance": "medium"}, "variance must be one of .*, got 'medium'"),
+        ({"name": "euler"}, "sampler must be one of .*'ancestral', 'ddim', 'dpm_solver'.*, got 'euler'"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_wrong_samplers_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
-        sample(model(), 1, (3,), "cpu", **options)
+        Sampler(**options)
+
+
+def test_more_steps_than_timesteps_are_rejected():
+    with pytest.raises(ValueError, match=r"1\.\.12, got 13"):
+        sample(model(), 1, (3,), "cpu", Sampler(num_steps=13))
+
+
+def test_noise_of_another_shape_is_rejected():
+    with pytest.raises(ValueError, match=r"shape \(1, 3\), got \(2, 3\)"):
+        sample(model(), 1, (3,), "cpu", noise=lambda timestep: torch.zeros(2, 3))
+
+
+def test_samplers_that_draw_the_same_images_are_equal():
+    assert Sampler() == Sampler("ancestral", variance="small")
+    assert Sampler("ddim") == Sampler("ddim", eta=0.0)
+    assert Sampler("ddim") != Sampler("ddim", eta=1.0)
 
 
 @pytest.mark.parametrize("clip_x0", [False, True])
 @pytest.mark.parametrize("variance", ["large", "small"])
 def test_ancestral_with_all_steps_is_algorithm_2(variance, clip_x0):
     _, noise = noises()
-    expected = model().sample(6, (3,), "cpu", variance=variance, clip_x0=clip_x0, noise=noise(0), step_noise=noise)
-    found = sample(model(), 6, (3,), "cpu", variance=variance, clip_x0=clip_x0, noise=noise(0), step_noise=noise)
+    expected = model().sample(6, (3,), "cpu", variance=variance, clip_x0=clip_x0, noise=noise)
+    found = sample(model(), 6, (3,), "cpu", Sampler(variance=variance, clip_x0=clip_x0), noise=noise)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -60,22 +78,21 @@ def test_ancestral_with_all_steps_is_algorithm_2(variance, clip_x0):
 @pytest.mark.parametrize("clip_x0", [False, True])
 def test_ddim_with_eta_1_is_ancestral_with_the_small_variance(clip_x0, num_steps):
     _, noise = noises()
-    options = {"num_steps": num_steps, "clip_x0": clip_x0, "noise": noise(0), "step_noise": noise}
-    found = sample(model(), 6, (3,), "cpu", sampler="ddim", eta=1.0, **options)
-    expected = sample(model(), 6, (3,), "cpu", sampler="ancestral", variance="small", **options)
+    found = sample(model(), 6, (3,), "cpu", Sampler("ddim", num_steps, clip_x0, eta=1.0), noise=noise)
+    expected = sample(model(), 6, (3,), "cpu", Sampler("ancestral", num_steps, clip_x0, "small"), noise=noise)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_one_step_is_the_predicted_x_0(sampler):
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_step_is_the_predicted_x_0(name):
     _, noise = noises()
     _, x_0 = model().predict(noise(0), T)
-    found = sample(model(), 6, (3,), "cpu", sampler=sampler, num_steps=1, clip_x0=False, noise=noise(0))
+    found = sample(model(), 6, (3,), "cpu", Sampler(name, num_steps=1, clip_x0=False), noise=noise)
     torch.testing.assert_close(found, x_0)
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
-def test_every_respaced_ancestral_step_is_the_posterior_of_the_shorter_chain(variance):
+def test_a_respaced_ancestral_step_is_the_posterior_of_the_shorter_chain(variance):
     """Bayes' rule with the chain's own beta = 1 - abar_t / abar_s: precisions add up."""
     abar = numpy_tables(BETAS, T)[2]
     table, noise = noises()
@@ -89,9 +106,7 @@ def test_every_respaced_ancestral_step_is_the_posterior_of_the_shorter_chain(var
         precision = alpha / (1 - alpha) + 1 / (1 - abar[s])
         mean = (np.sqrt(alpha) * x / (1 - alpha) + np.sqrt(abar[s]) * x_0 / (1 - abar[s])) / precision
         x = mean + np.sqrt(1 - alpha if variance == "large" else 1 / precision) * table[t]
-    found = sample(
-        model(), 6, (3,), "cpu", num_steps=3, variance=variance, clip_x0=False, noise=noise(0), step_noise=noise
-    )
+    found = sample(model(), 6, (3,), "cpu", Sampler("ancestral", 3, clip_x0=False, variance=variance), noise=noise)
     np.testing.assert_allclose(found.numpy(), x, atol=1e-5)
 
 
@@ -109,39 +124,40 @@ def test_every_step_is_eq_12_written_out(eta, clip_x0):
             eps = (x - np.sqrt(abar[t]) * x_0) / np.sqrt(1 - abar[t])
         sigma = eta * np.sqrt((1 - abar[s]) / (1 - abar[t])) * np.sqrt(1 - abar[t] / abar[s])
         x = np.sqrt(abar[s]) * x_0 + np.sqrt(1 - abar[s] - sigma**2) * eps + sigma * table[t]
-    sampled = sample(
-        model(), 6, (3,), "cpu", sampler="ddim", num_steps=3, eta=eta, clip_x0=clip_x0, noise=noise(0), step_noise=noise
-    )
+    sampled = sample(model(), 6, (3,), "cpu", Sampler("ddim", 3, clip_x0, eta=eta), noise=noise)
     np.testing.assert_allclose(sampled.numpy(), x, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
-def test_the_deterministic_samplers_draw_no_noise(sampler):
-    def step_noise(timestep):
-        raise AssertionError(f"noise was asked for at {timestep}")
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver"])
+def test_the_deterministic_samplers_draw_no_noise_but_the_start(name):
+    asked = []
+    sample(model(), 2, (3,), "cpu", Sampler(name, 4), noise=lambda t: asked.append(t) or torch.zeros(2, 3))
+    assert asked == [0]
 
-    sample(model(), 2, (3,), "cpu", sampler=sampler, num_steps=4, step_noise=step_noise)
+
+def draw_nothing() -> torch.Tensor:
+    raise AssertionError("a deterministic sampler draws noise")
 
 
 def flow(x: torch.Tensor, std: float, abar: float, abar_next: float) -> torch.Tensor:
-    """The probability-flow ODE for data N(0, s^2), solved exactly: x keeps its place in the marginal N(0, v_t)."""
+    """The exact probability flow for data N(0, s^2): x keeps its quantile in the marginal N(0, v_t)."""
     return x * math.sqrt((abar_next * std**2 + 1 - abar_next) / (abar * std**2 + 1 - abar))
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm_solver", 2)])
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm_solver", 2)])
 @pytest.mark.parametrize("std", [0.1, 0.5, 3.0])
-def test_the_order_of_convergence_against_the_exact_flow(sampler, order, std):
+def test_the_order_of_convergence_against_the_exact_flow(name, order, std):
     """Steps of equal length in lambda; halving them divides the error by 2^order: the slope is measured."""
     x_1 = torch.tensor([[-1.5], [0.2], [2.0]], dtype=torch.float64)
     ends = 4.0e-5, 0.999
     errors = []
     for num_steps in (160, 320, 640):
-        log_snr = torch.linspace(*(math.log(abar / (1 - abar)) for abar in ends), num_steps + 1, dtype=torch.float64)
-        abars = torch.sigmoid(log_snr).tolist()
-        update, x = SAMPLERS[sampler](), x_1
+        start, end = (math.log(abar / (1 - abar)) for abar in ends)
+        abars = torch.sigmoid(torch.linspace(start, end, num_steps + 1, dtype=torch.float64)).tolist()
+        update, x = Sampler(name).make_update(), x_1
         for abar, abar_next in itertools.pairwise(abars):
             eps = math.sqrt(1 - abar) * x / (abar * std**2 + 1 - abar)
-            x = update(x, eps, (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar), abar, abar_next, lambda: 1 / 0)
+            x = update(x, eps, (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar), abar, abar_next, draw_nothing)
         errors.append((x - flow(x_1, std, *ends)).abs().max().item())
     slopes = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert slopes == pytest.approx([order] * 2, abs=0.1)
@@ -150,19 +166,18 @@ def test_the_order_of_convergence_against_the_exact_flow(sampler, order, std):
 
 def test_ddim_maps_a_gaussian_by_the_exact_flow():
     """With the process's own timesteps, down to clean data."""
-    std = 0.3
-    oracle = gaussian_oracle(std, (1e-4, 0.02), 1000)
+    std, oracle = 0.3, gaussian_oracle(0.3)
     x_1 = torch.tensor([[-1.5], [0.2], [2.0]], dtype=torch.float64)
-    exact = flow(x_1, std, numpy_tables((1e-4, 0.02), 1000)[2][-1], 1.0)
+    exact = flow(x_1, std, oracle.schedules_float64["alphas_cumprod"][-1].item(), 1.0)
     errors = []
     for num_steps in (250, 500, 1000):
-        found = sample(oracle, 3, (1,), "cpu", sampler="ddim", num_steps=num_steps, clip_x0=False, noise=x_1)
+        found = sample(oracle, 3, (1,), "cpu", Sampler("ddim", num_steps, clip_x0=False), noise=lambda timestep: x_1)
         errors.append((found - exact).abs().max().item())
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.02
 
 
-def scheduler_of_diffusers(sampler: str, options: dict, clip_x0: bool, schedule: str, prediction: str):
+def scheduler_of_diffusers(sampler: Sampler, schedule: str, prediction: str):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: requirements-dev.txt")
     common = {
         "num_train_timesteps": 1000,
@@ -172,69 +187,63 @@ def scheduler_of_diffusers(sampler: str, options: dict, clip_x0: bool, schedule:
         "prediction_type": {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}[prediction],
         "timestep_spacing": "trailing",
     }
-    if sampler == "ddim":
-        return diffusers.DDIMScheduler(**common, clip_sample=clip_x0, set_alpha_to_one=True)
-    if sampler == "ancestral":
-        kind = {"large": "fixed_large", "small": "fixed_small"}[options["variance"]]
-        return diffusers.DDPMScheduler(**common, clip_sample=clip_x0, variance_type=kind)
-    assert not clip_x0
+    if sampler.name == "ddim":
+        return diffusers.DDIMScheduler(**common, clip_sample=sampler.clip_x0, set_alpha_to_one=True)
+    if sampler.name == "ancestral":
+        return diffusers.DDPMScheduler(**common, clip_sample=sampler.clip_x0, variance_type=f"fixed_{sampler.variance}")
+    assert not sampler.clip_x0
     return diffusers.DPMSolverMultistepScheduler(**common, final_sigmas_type="zero", lower_order_final=False)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers, with NumPy 2
 @pytest.mark.parametrize(("schedule", "prediction"), [("linear", "eps"), ("linear", "v"), ("cosine", "x_0")])
 @pytest.mark.parametrize(
-    ("sampler", "options", "clip_x0"),
+    "sampler",
     [
-        ("ddim", {"eta": 0.0}, False),
-        ("ddim", {"eta": 0.0}, True),
-        ("ddim", {"eta": 0.7}, True),
-        ("ancestral", {"variance": "large"}, True),
-        ("ancestral", {"variance": "small"}, False),
-        ("ancestral", {"variance": "small"}, True),
-        ("dpm_solver", {}, False),
+        Sampler("ddim", 20, clip_x0=False),
+        Sampler("ddim", 20),
+        Sampler("ddim", 20, eta=0.7),
+        Sampler("ancestral", 20, variance="large"),
+        Sampler("ancestral", 20, clip_x0=False),
+        Sampler("ancestral", 20),
+        Sampler("dpm_solver", 20, clip_x0=False),
     ],
+    ids=str,
 )
-def test_every_step_agrees_with_the_scheduler_of_diffusers(
-    sampler, options, clip_x0, schedule, prediction, monkeypatch
-):
-    """The same network, the same noise, 20 of 1000 steps; theirs gets our noise in the place of its own."""
+def test_every_step_agrees_with_the_scheduler_of_diffusers(sampler, schedule, prediction, monkeypatch):
+    """The same network, the same noise, 20 of 1000 steps; theirs gets our noise instead of its own."""
     net = Lambda(lambda x, t: torch.tanh(0.7 * x) * (0.2 + t[:, None, None, None]))
     betas = cosine_betas(1000) if schedule == "cosine" else (1e-4, 0.02)
     ours = DiffusionModel(net, betas, 1000, prediction=prediction)
-    theirs = scheduler_of_diffusers(sampler, options, clip_x0, schedule, prediction)
+    theirs = scheduler_of_diffusers(sampler, schedule, prediction)
     theirs.set_timesteps(20)
     noise = torch.randn(1001, 2, 3, 4, 4)
-    seen = {}
+    seen: dict[int, torch.Tensor] = {}
     found = sample(
-        ours, 2, (3, 4, 4), "cpu", sampler=sampler, num_steps=20, clip_x0=clip_x0, noise=noise[0],
-        step_noise=lambda timestep: noise[timestep],
-        observe=lambda timestep, x, x_0: seen.__setitem__(timestep, x), **options,
+        ours, 2, (3, 4, 4), "cpu", sampler, noise=lambda timestep: noise[timestep],
+        observe=lambda timestep, x, x_0: seen.__setitem__(timestep, x),
     )  # fmt: skip
     assert [timestep - 1 for timestep in seen] == theirs.timesteps.tolist()  # theirs count from 0
     x = noise[0]
     for timestep in theirs.timesteps.tolist():
         torch.testing.assert_close(x, seen[timestep + 1], atol=2e-4, rtol=2e-4)
-        is_last = timestep == theirs.timesteps[-1]
-        drawn = (
-            torch.zeros_like(x) if is_last else noise[timestep + 1]
-        )  # Algorithm 2 ends without noise, theirs may not
+        # Algorithm 2 ends without noise, theirs may not.
+        drawn = torch.zeros_like(x) if timestep == theirs.timesteps[-1] else noise[timestep + 1]
         step_options = {}
-        if sampler == "ddim":
-            step_options = {"eta": options["eta"], "variance_noise": drawn, "use_clipped_model_output": clip_x0}
-        elif sampler == "ancestral":
-            monkeypatch.setattr(
-                "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *shape, drawn=drawn, **where: drawn
-            )
+        if sampler.name == "ddim":
+            step_options = {"eta": sampler.eta, "use_clipped_model_output": sampler.clip_x0, "variance_noise": drawn}
+        elif sampler.name == "ancestral":
+            module = sys.modules[type(theirs).__module__]
+            monkeypatch.setattr(module, "randn_tensor", lambda *shape, drawn=drawn, **where: drawn)
         x = theirs.step(net(x, torch.full((2,), (timestep + 1) / 1000)), timestep, x, **step_options).prev_sample
     torch.testing.assert_close(x, found, atol=2e-4, rtol=2e-4)
 
 
-def test_sampling_restores_the_mode_and_repeats_by_generator(device):
-    net = model().to(device)
-    draws = [
-        sample(net, 2, (3,), device, num_steps=4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    ]
+def test_sampling_restores_the_mode_and_repeats_by_seed(device):
+    net, draws = model().to(device), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(sample(net, 2, (3,), device, Sampler(num_steps=4)))
     assert net.training
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])

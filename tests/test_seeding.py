@@ -93,7 +93,7 @@ def test_image_noise_differs_by_timestep_and_image():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available")
 def test_cuda_draws_the_same_bits_and_the_same_normals_to_rounding():
     cpu, cuda = INDEX, INDEX.cuda()
     assert torch.equal(draw_bits(0, Purpose.NOISE, 1, cuda, 64).cpu(), draw_bits(0, Purpose.NOISE, 1, cpu, 64))

@@ -1,4 +1,6 @@
-"""Both networks: shapes, sizes, how the time reaches the result, what is refused."""
+"""Both networks: shapes, sizes, how the time reaches the result, which input is rejected."""
+
+from typing import TypeVar
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from modeling.ddpm_unet import AttentionBlock, DdpmUnet, embed_time
 from modeling.unet import ConvBlock, UnetModel
 
+Model = TypeVar("Model", bound=nn.Module)
 SMALL = {"hidden_size": 8, "multipliers": (1, 2, 2), "num_blocks": 1, "attention_resolutions": (16,)}
 
 
@@ -18,7 +21,7 @@ def small_models():
     return [UnetModel(3, 3, 8), DdpmUnet(3, 3, **SMALL)]
 
 
-def awaken(model: nn.Module) -> nn.Module:
+def awaken(model: Model) -> Model:
     """Gives the zero-initialised layers weights, so that a result depends on all of the network."""
     for parameter in model.parameters():
         if not parameter.any():
@@ -52,7 +55,7 @@ def test_output_has_the_shape_of_the_input(model, device, time_shape, size):
 
 @pytest.mark.parametrize("model", small_models(), ids=["unet", "ddpm"])
 def test_no_tensor_is_left_on_another_device(model):
-    """The "meta" device refuses to mix with the CPU as a GPU would."""
+    """The "meta" device rejects a mixture with the CPU as a GPU would."""
     assert model.to("meta")(torch.zeros(2, 3, 32, 32), torch.ones(2)).device.type == "meta"
 
 
@@ -93,14 +96,14 @@ def test_every_parameter_gets_a_gradient(model):
         ((2, 3, 32, 32), [0.5, 1.5], r"\(0, 1\], got values from 0.5 to 1.5"),
     ],
 )
-def test_wrong_input_is_refused_with_what_was_got(model, x_shape, t, message):
+def test_wrong_input_is_rejected_and_named(model, x_shape, t, message):
     with pytest.raises(ValueError, match=message):
         model(torch.zeros(x_shape), torch.tensor(t))
 
 
 @pytest.mark.parametrize("hidden_size", [0, -8, 12])
 @pytest.mark.parametrize("model", [UnetModel, DdpmUnet])
-def test_a_hidden_size_that_is_no_multiple_of_8_is_refused(model, hidden_size):
+def test_a_hidden_size_that_is_no_multiple_of_8_is_rejected(model, hidden_size):
     with pytest.raises(ValueError, match=f"multiple of 8, got {hidden_size}"):
         model(3, 3, hidden_size)
 
@@ -115,7 +118,7 @@ def test_a_hidden_size_that_is_no_multiple_of_8_is_refused(model, hidden_size):
         ({"attention_resolutions": (7,)}, r"must be among \[32, 16, 8\], got \[7\]"),
     ],
 )
-def test_wrong_options_of_the_papers_unet_are_refused(options, message):
+def test_wrong_options_of_the_papers_unet_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         DdpmUnet(3, 3, **SMALL | options)
 
