@@ -77,7 +77,7 @@ def test_the_network_and_the_diffusion_process_do_not_know_each_other():
     ("package", "users"),
     [
         ("hydra", HYDRA_SCRIPTS),
-        ("omegaconf", HYDRA_SCRIPTS | {"references", "config", "stage"}),
+        ("omegaconf", HYDRA_SCRIPTS | {"curves", "config", "stage"}),
         ("pydantic", {"config", "options"}),
         ("wandb", {"wandb_tracker"}),
         ("safetensors", {"checkpoint", "pipeline"}),
