@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,30 @@ def train(config, folder: str) -> dict:
     config.runtime.output_dir = folder
     main.main(config)
     return result(Path(folder))
+
+
+# ---- scripts in processes of their own
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """The environment of a user's machine: bytecode is written, and no outer DVC, coverage or W&B is visible."""
+    hidden = ("DVC_", "COV_", "WANDB_", "PYTHONDONTWRITEBYTECODE")
+    return {name: value for name, value in os.environ.items() if not name.startswith(hidden)} | variables
+
+
+def start_script(script: str | Path, *overrides: str, **popen_options) -> subprocess.Popen[str]:
+    """Starts a script (its path from the repository's root), with output and errors in one pipe, on one thread."""
+    options = {"env": clean_environment(OMP_NUM_THREADS="1"), "text": True, "errors": "replace"} | popen_options
+    command = [sys.executable, str(ROOT / script), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def run_script(
+    script: str | Path, *overrides: str, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script (its path from the repository's root) to its end, with `env` added to a clean environment."""
+    command, environment = [sys.executable, str(ROOT / script), *overrides], clean_environment(**(env or {}))
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
 # ---- configurations
