@@ -10,7 +10,7 @@ Writes <dataset.root>/<dataset.name>/{train.npy,test.npy,manifest.json}. A secon
 import hydra
 from omegaconf import DictConfig
 
-from modeling.stage import archive_path, parse_stage, repository
+from modeling.stage import parse_stage
 from modeling.system.errors import errors_in_one_line
 from modeling.system.signals import stopping_on_signals
 
@@ -22,16 +22,7 @@ def main(values: DictConfig) -> None:
         with stopping_on_signals():
             from modeling.datasets.preparation import prepare
 
-            manifest, is_new = prepare(
-                dataset.name,
-                dataset.folder,
-                archive=archive_path(dataset),
-                urls=dataset.urls,
-                pictures=dataset.pictures,
-                repository=repository(),
-                num_images=dataset.num_images,
-                seed=dataset.seed,
-            )
+            manifest, is_new = prepare(dataset)
         counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
         if pictures := manifest.get("pictures"):
             counts += f", of {pictures['count']} pictures, {pictures['duplicates']} of them duplicates"

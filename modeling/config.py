@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from modeling import IMAGE_SIZE
 from modeling.system.errors import UserError
@@ -23,14 +24,8 @@ class ConfigError(UserError):
     """What is wrong with a configuration, one line for each error."""
 
 
-def _multiple_of_8(value: int) -> int:
-    if value % 8:
-        raise ValueError("must be a multiple of 8")
-    return value
-
-
 PositiveInt = Annotated[int, Field(gt=0)]
-HiddenSize = Annotated[int, Field(gt=0, le=4096), AfterValidator(_multiple_of_8)]
+HiddenSize = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -41,13 +36,13 @@ _SECRET = re.compile(r"\b([0-9a-f]{40}|wandb_v\d_\w+|hf_\w{20,}|gh[pousr]_\w{20,
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    def _require(self, choice: str, needed: tuple[str, ...], excluded: tuple[str, ...]) -> None:
-        """Keys that the chosen alternative needs must have a value, those that it does not have must be null."""
+    def _require(self, choice: str, keys: tuple[str, ...], needed: tuple[str, ...]) -> None:
+        """Of the keys that depend on a choice, those that it needs must have a value and the others must be null."""
         for key in needed:
             if getattr(self, key) is None:
                 raise ValueError(f"{key} needs a value with {choice}")
-        for key in excluded:
-            if (value := getattr(self, key)) is not None:
+        for key in keys:
+            if key not in needed and (value := getattr(self, key)) is not None:
                 raise ValueError(f"{key} must be null with {choice}, got {value}")
 
 
@@ -68,8 +63,7 @@ class Dataset(Section):
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
         needs = {"cifar10": ("archive", "urls"), "shapes": ("seed",), "folder": ("pictures",)}[self.name]
-        excluded = tuple(key for key in ("archive", "urls", "pictures", "seed") if key not in needs)
-        self._require(f"dataset.name={self.name}", needs, excluded)
+        self._require(f"dataset.name={self.name}", ("archive", "urls", "pictures", "seed"), needs)
         if self.name == "cifar10" and self.num_images is not None and self.num_images > 50_000:
             raise ValueError(f"num_images must be at most 50000 with dataset.name=cifar10, got {self.num_images}")
         return self
@@ -85,11 +79,10 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
-        of_ddpm = ("multipliers", "num_blocks", "attention_resolutions", "dropout")
-        if self.name == "unet":
-            self._require("model.name=unet", (), of_ddpm)
+        keys = ("multipliers", "num_blocks", "attention_resolutions", "dropout")
+        self._require(f"model.name={self.name}", keys, keys if self.name == "ddpm" else ())
+        if self.multipliers is None or self.attention_resolutions is None:
             return self
-        self._require("model.name=ddpm", of_ddpm, ())
         if not 1 <= len(self.multipliers) <= 6:
             raise ValueError(f"multipliers must have 1 to 6 entries (32 = 2^5 pixels), got {self.multipliers}")
         resolutions = [IMAGE_SIZE // 2**level for level in range(len(self.multipliers))]
@@ -107,11 +100,10 @@ class Diffusion(Section):
 
     @model_validator(mode="after")
     def _fits_schedule(self) -> Self:
-        if self.schedule != "linear":
-            self._require(f"diffusion.schedule={self.schedule}", (), ("betas",))
-            return self
-        self._require("diffusion.schedule=linear", ("betas",), ())
-        if not 0 < self.betas[0] < self.betas[1] < 1:
+        self._require(
+            f"diffusion.schedule={self.schedule}", ("betas",), ("betas",) if self.schedule == "linear" else ()
+        )
+        if self.betas is not None and not 0 < self.betas[0] < self.betas[1] < 1:
             raise ValueError(f"betas must satisfy 0 < beta_1 < beta_T < 1, got {self.betas}")
         return self
 
@@ -128,8 +120,7 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
         needs = {"adam": (), "adamw": ("weight_decay",), "sgd": ("momentum",)}[self.name]
-        excluded = tuple(key for key in ("momentum", "weight_decay") if key not in needs)
-        self._require(f"optimizer.name={self.name}", needs, excluded)
+        self._require(f"optimizer.name={self.name}", ("momentum", "weight_decay"), needs)
         return self
 
 
@@ -186,8 +177,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:
-        available = self.dataset.num_images or {"cifar10": 50_000, "shapes": 20_000}.get(self.dataset.name)
-        if available is not None and self.train.batch_size > available:  # a folder is counted when it is prepared
+        of_all = {"cifar10": 50_000, "shapes": 20_000}.get(self.dataset.name)  # a folder is counted when it is prepared
+        available = of_all if self.dataset.num_images is None else self.dataset.num_images
+        if available is not None and self.train.batch_size > available:
             raise ValueError(f"train.batch_size={self.train.batch_size} is larger than the data, {available} images")
         return self
 
@@ -195,12 +187,15 @@ class Config(Section):
 def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in schema.model_fields.items():
-        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        keys += _known_keys(field.annotation, f"{prefix}{name}.") if is_section else [prefix + name]
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += _known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
     return keys
 
 
-def _line(error: dict, schema: type[BaseModel]) -> str:
+def _line(error: ErrorDetails, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, _known_keys(schema), n=1, cutoff=0)[0]
@@ -213,34 +208,32 @@ def _line(error: dict, schema: type[BaseModel]) -> str:
     return f"{key}={error['input']}: {message[0].lower()}{message[1:]}"
 
 
-def _refuse_secrets(values: object, key: str = "") -> None:
+def _reject_secrets(values: object, key: str = "") -> None:
     """A value is written into files that people share, so none may be an API key; it is not repeated in the error."""
     if isinstance(values, dict):
         for name, value in values.items():
-            _refuse_secrets(str(name), key)
-            _refuse_secrets(value, f"{key}.{name}" if key else str(name))
+            _reject_secrets(str(name), key)
+            _reject_secrets(value, f"{key}.{name}" if key else str(name))
     elif isinstance(values, list):
         for value in values:
-            _refuse_secrets(value, key)
+            _reject_secrets(value, key)
     elif isinstance(values, str):
         known = [secret for name in ("WANDB_API_KEY", "HF_TOKEN") if (secret := os.environ.get(name))]
         if _SECRET.search(values) or any(secret in values for secret in known):
-            raise ConfigError(
-                f"{key}: looks like an API key, which a run would write into its files: use `wandb login`"
-            )
+            raise ConfigError(f"{key}: looks like an API key, which runs write into their files: use `wandb login`")
 
 
-def parse(values: DictConfig | dict, schema: type[SchemaType] = Config) -> SchemaType:
+def parse(values: DictConfig | ListConfig | dict, schema: type[SchemaType] = Config) -> SchemaType:
     """Checks composed values against the schema.
 
     Raises:
         ConfigError: one line for each error, with the key, what was got and what was expected.
     """
     try:
-        if isinstance(values, DictConfig):
-            values = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
-        _refuse_secrets(values)
-        return schema.model_validate(values)
+        is_plain = isinstance(values, dict)
+        plain = values if is_plain else OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
+        _reject_secrets(plain)
+        return schema.model_validate(plain)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     except ValidationError as error:

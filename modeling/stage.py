@@ -45,13 +45,18 @@ class PictureFacts(TypedDict):
     sha256: str
 
 
-class Manifest(TypedDict):
+class Facts(TypedDict):
+    """What a manifest says of its data set beside the source."""
+
+    pictures: NotRequired[PictureFacts]  # of dataset=folder
+
+
+class Manifest(Facts):
     """`manifest.json`, which describes the prepared data beside it."""
 
     dataset: dict[str, Any]  # the keys of the configuration that it was prepared with
     source: str
     files: dict[str, FileFacts]  # train.npy and test.npy
-    pictures: NotRequired[PictureFacts]  # of dataset=folder
 
 
 def repository() -> Path:
@@ -59,13 +64,8 @@ def repository() -> Path:
     return Path(os.environ.get("DVC_ROOT", "."))
 
 
-def archive_path(dataset: Dataset) -> Path | None:
-    """Path of the archive, None for a data set without one."""
-    return None if dataset.archive is None else repository() / dataset.archive
-
-
 def _override(key: str, value: object) -> str:
-    """`key=value` for a command line, quoted where the shell or Hydra would read it otherwise."""
+    """`key=value` for a command line, quoted where the shell or Hydra would change it."""
     if not re.fullmatch(r"[\w./:-]+", str(value), re.ASCII):
         value = "'" + str(value).replace("'", "\\'") + "'"
     return shlex.quote(f"{key}={value}")
@@ -75,7 +75,7 @@ def read_manifest(dataset: Dataset) -> Manifest:
     """The manifest of the prepared data.
 
     Raises:
-        ConfigError: when the data is not prepared, or otherwise than configured; names the command to run.
+        ConfigError: when the data is not prepared, or not as configured; names the command to run.
     """
     folder = dataset.folder
     command = f"python prepare_data.py dataset={dataset.name}"

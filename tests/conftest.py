@@ -1,4 +1,4 @@
-"""Fixtures: a fixed seed for every test, the devices there are, composed configurations, small prepared data."""
+"""Fixtures: a fixed seed for every test, the available devices, composed configurations, small prepared data."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from tests.helpers import ROOT, TINY
+from tests.helpers import ROOT, TINY, dataset
 
 sys.path.insert(0, str(ROOT))
 
@@ -78,7 +78,7 @@ def tiny_data(tmp_path_factory) -> Path:
     from modeling.datasets.preparation import prepare
 
     root = tmp_path_factory.mktemp("data")
-    prepare("shapes", root / "shapes", num_images=64, seed=0)
+    prepare(dataset("shapes", root, num_images=64, seed=0))
     return root
 
 

@@ -1,11 +1,14 @@
 """What several tests share: paths, tiny runs, oracles, faults put in by hand."""
 
+import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 
 from modeling.checkpoint import load_checkpoint
+from modeling.config import Dataset
 from modeling.diffusion import DiffusionModel
 from modeling.unet import UnetModel
 
@@ -55,7 +59,7 @@ def equal(first, second) -> bool:
 
 
 def ended_after(function, count: int, error: type[BaseException]):
-    """The function, until it ends with an error in the place of call `count`, from 0."""
+    """The function, which raises an error instead of its call number `count`, from 0."""
     calls = iter(range(count))
 
     def call(*args, **options):
@@ -167,7 +171,21 @@ def run_script(
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@contextlib.contextmanager
+def ends_in_error(capsys, message: str) -> Iterator[None]:
+    """Inside, a script's `main` must end with exit code 1 and an error that `message` (a pattern) is found in."""
+    with pytest.raises(SystemExit) as ended:
+        yield
+    assert ended.value.code == 1
+    assert re.search(message, errors := capsys.readouterr().err), errors
+
+
 # ---- configurations
+
+
+def dataset(name: str, root: Path, **values: object) -> Dataset:
+    """The section `dataset` of a configuration; keys that are not given are null."""
+    return Dataset.model_validate(dict.fromkeys(Dataset.model_fields) | {"name": name, "root": str(root)} | values)
 
 
 def leaves(section: dict, prefix: str = "") -> dict:

@@ -19,7 +19,7 @@ HYDRA_SCRIPTS = {"main", "prepare_data", "sample", "evaluate", "convert", "train
 ALLOWED = {
     "core": {"system"},
     "system": set(),
-    "datasets": {"system", "core.stage"},
+    "datasets": {"system", "core.config", "core.stage"},
     "run": {"system", "core"},
     "measures": {"system", "core"},
     "interchange": {"system", "core"},

@@ -108,7 +108,7 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
         (["optimizer.lr=-1"], ["optimizer.lr=-1: input should be greater than or equal to 0"]),
         (["optimizer.lr=nan"], ["optimizer.lr=nan: input should be a finite number"]),
         (["diffusion.num_timesteps=0"], ["diffusion.num_timesteps=0: input should be greater than 0"]),
-        (["model.hidden_size=12"], ["model.hidden_size=12: must be a multiple of 8"]),
+        (["model.hidden_size=12"], ["model.hidden_size=12: input should be a multiple of 8"]),
         (["model.name=huge"], ["model.name=huge: input should be 'unet' or 'ddpm'"]),
         (
             ["diffusion.betas=[0.02,0.0001]"],

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from numpy._core.multiarray import _reconstruct  # pyright: ignore[reportAttributeAccessIssue]  # stubs lack it
 
 from modeling.system.errors import UserError
 from modeling.system.files import locked
@@ -41,10 +42,10 @@ class PreparationError(UserError):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits what an array in a Python 2 pickle consists of; any other name is refused."""
+    """Admits what an array in a Python 2 pickle consists of; rejects any other name."""
 
     _ADMITTED: ClassVar = {
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }
@@ -68,7 +69,7 @@ def unpickle_batch(content: bytes) -> dict:
 def _remedy(archive: Path) -> str:
     return (
         f"put the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html at {archive}, "
-        "or set dataset.archive to where it lies"
+        "or set dataset.archive to where it is"
     )
 
 
@@ -82,14 +83,16 @@ def read_members(archive: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(archive, mode="r:*") as tar:
             for count, info in enumerate(tar):
-                # Refuses what points outside, and devices; an absolute name it would only make relative.
+                # The filter rejects what points outside, and devices; it would only make an absolute name relative.
                 if tarfile.data_filter(info, str(archive.parent.resolve())).name != info.name:
                     raise PreparationError(f"{archive}: {info.name} points outside")
                 if count >= _MAX_MEMBERS or info.size > _MAX_MEMBER_BYTES:
                     raise PreparationError(f"{archive}: {info.name} ({info.size} bytes) is too much for CIFAR-10")
                 folder, _, name = info.name.partition("/")
                 if folder == _FOLDER and name in MEMBER_SHA256 and info.isfile():
-                    members[name] = tar.extractfile(info).read()
+                    file = tar.extractfile(info)
+                    assert file is not None  # as it is for links and devices only
+                    members[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         reason = str(error) or type(error).__name__
         raise PreparationError(f"{archive} cannot be read ({reason}): delete it and {_remedy(archive)}") from error
@@ -144,7 +147,7 @@ def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[np.ndarray, np.nda
     """Training images (50000, 3, 32, 32) and test images (10000, 3, 32, 32), uint8; downloads a missing archive.
 
     Raises:
-        PreparationError: when the archive is neither there nor to be had, or not the official data.
+        PreparationError: when the archive is missing and no address delivers it, or it is not the official data.
     """
     if not archive.is_file():
         with locked(archive.with_name(f".{archive.name}.lock"), wait=True):

@@ -15,14 +15,15 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from modeling import IMAGE_SIZE
 from modeling.datasets.cifar10 import PreparationError
+from modeling.stage import PictureFacts
 from modeling.system.files import sha256_of
 from modeling.system.progress import progress_bar
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 MAX_TEST_IMAGES = 10_000
-_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # whatever the suffix says: Pillow hands some other ones to outside programs
-_TENTH = (2**256 // 10).to_bytes(32, "big")  # of all SHA-256 digests, a tenth lies below
-_MAX_NAMED = 5  # refused pictures in an error message
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # whatever the suffix says: Pillow gives some others to outside programs
+_TENTH = (2**256 // 10).to_bytes(32, "big")  # a tenth of all SHA-256 digests is below
+_MAX_NAMED = 5  # rejected pictures in an error message
 _UPRIGHT = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,14 +41,14 @@ _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Im
 def find_pictures(folder: Path) -> list[Path]:
     """The pictures in a folder at any depth, relative to it, in the order of their names' code points.
 
-    Hidden files and folders, other suffixes and symbolic links are passed over.
+    Hidden files and folders, other suffixes and symbolic links are ignored.
 
     Raises:
         PreparationError: when there is no such folder.
         OSError: for a folder in it that cannot be read.
     """
 
-    def fail(error: OSError) -> None:  # os.walk would pass it over
+    def fail(error: OSError) -> None:  # os.walk would ignore it
         raise error
 
     if not folder.is_dir():
@@ -81,7 +82,7 @@ def sha256_of_pictures(folder: Path) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """In RGB; what is transparent lies on white. Of 16 bits the upper 8 stay, as Pillow reads 16-bit colours itself."""
+    """The image in RGB, on white where it is transparent; 16 bits become their upper 8, as Pillow does for colours."""
     if image.mode == "I;16":  # which `convert` would clip at 255
         values = np.asarray(image)
         grey = (values >> 8).astype(np.uint8)
@@ -96,11 +97,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def read_picture(path: Path) -> np.ndarray:
     """A picture's centre square, reduced by Pillow's Lanczos filter (antialiased) to (3, 32, 32) uint8.
 
-    It is turned upright (EXIF); of an animation it is the first picture; a colour profile is ignored.
+    It is turned upright (EXIF); an animation is its first picture; a colour profile is ignored.
 
     Raises:
         ValueError: for a file that is not a whole picture in one of the formats, smaller than 32 pixels on a side, or
-            of more pixels than Pillow takes for harmless (89 million).
+            with more pixels than Pillow considers harmless (89 million).
     """
     try:
         with warnings.catch_warnings():
@@ -110,8 +111,8 @@ def read_picture(path: Path) -> np.ndarray:
                 if min(file.size) < IMAGE_SIZE:
                     raise ValueError(f"{file.width}x{file.height} pixels, at least {IMAGE_SIZE}x{IMAGE_SIZE} needed")
                 file.load()  # in a PNG the orientation may come last
-                # Not ImageOps.exif_transpose: it writes the metadata anew, and fails where they are damaged.
-                turn = _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation))
+                # Not ImageOps.exif_transpose: it rewrites the metadata, and fails where they are damaged.
+                turn = _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
                 image = _to_rgb(file if turn is None else file.transpose(turn))
     except UnidentifiedImageError:
         raise ValueError(f"not a picture in {', '.join(_FORMATS)}") from None
@@ -124,7 +125,7 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def split(images: dict[bytes, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out images: an image's own digest decides, so that others which come or go do not move it.
+    """Training and held-out images: an image's own digest decides, so that adding or removing others does not move it.
 
     About a tenth is held out: at least one image, at most 10,000, never all. Only these bounds can move an image.
 
@@ -138,19 +139,19 @@ def split(images: dict[bytes, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(train), np.stack([image for digest, image in images.items() if digest in held_out])
 
 
-def load_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, dict]:
+def load_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, PictureFacts]:
     """The pictures in a folder, split.
 
     Returns:
-        Training images and held-out images, (N, 3, 32, 32) uint8; and about the pictures their `count`, how many are
-        `duplicates` of others (equal once they are reduced), and `sha256` as `sha256_of_pictures`.
+        Training images and held-out images, (N, 3, 32, 32) uint8, and the facts of the pictures; their `sha256` is
+        that of `sha256_of_pictures`.
 
     Raises:
         PreparationError: when pictures cannot be used, naming the first ones and why; or fewer than two differ.
         OSError: for a folder in it that cannot be read.
     """
     paths, digest = find_pictures(folder), hashlib.sha256()
-    images, refused = {}, []
+    images, rejected = {}, []
     for path in progress_bar(paths, desc="reading pictures"):
         try:
             # The digest first: were the file to change in between, it would be noticed the next time.
@@ -158,17 +159,17 @@ def load_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, dict]:
             image = read_picture(folder / path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            refused.append(f"{path}: {reason}")
+            rejected.append(f"{path}: {reason}")
         else:
             images.setdefault(hashlib.sha256(image.tobytes()).digest(), image)
-    if refused:
-        more = [f"and {len(refused) - _MAX_NAMED} more"] if len(refused) > _MAX_NAMED else []
-        head = f"dataset.pictures={folder}: {len(refused)} of {len(paths)} pictures cannot be used, remove them:"
-        raise PreparationError("\n  ".join([head, *refused[:_MAX_NAMED], *more]))
+    if rejected:
+        more = [f"and {len(rejected) - _MAX_NAMED} more"] if len(rejected) > _MAX_NAMED else []
+        head = f"dataset.pictures={folder}: {len(rejected)} of {len(paths)} pictures cannot be used, remove them:"
+        raise PreparationError("\n  ".join([head, *rejected[:_MAX_NAMED], *more]))
     if len(images) < 2:
         raise PreparationError(
             f"dataset.pictures={folder}: {len(paths)} pictures ({' '.join(SUFFIXES)}; not hidden, no links), "
             f"{len(images)} of them different, at least 2 needed"
         )
-    facts = {"count": len(paths), "duplicates": len(paths) - len(images), "sha256": digest.hexdigest()}
+    facts: PictureFacts = {"count": len(paths), "duplicates": len(paths) - len(images), "sha256": digest.hexdigest()}
     return *split(images), facts

@@ -8,15 +8,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from modeling.config import Dataset
 from modeling.datasets.cifar10 import PreparationError, load_cifar10
 from modeling.datasets.pictures import load_pictures, sha256_of_pictures
 from modeling.datasets.shapes import draw_shapes
-from modeling.stage import Manifest
+from modeling.stage import Facts, Manifest, repository
 from modeling.system.files import locked, npy_bytes, sha256_of
 from modeling.system.progress import progress_bar
 
@@ -29,6 +30,24 @@ SOURCES = {  # where the images come from, not from which disk: the manifest is 
 _TEST_SHAPES_START = 1 << 30  # shapes far behind any training image of the same seed
 
 
+# ---- the three data sets: training images, test images, and what the manifest says of them beside their source
+
+
+def _load_cifar10(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, Facts]:
+    assert dataset.archive is not None
+    assert dataset.urls is not None
+    train, test = load_cifar10(repository() / dataset.archive, dataset.urls)
+    return train, test, {}
+
+
+def _load_shapes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, Facts]:
+    assert dataset.seed is not None
+    num_train = NUM_SHAPES if dataset.num_images is None else dataset.num_images
+    train = _draw_shapes(dataset.seed, 0, num_train, "drawing training images")
+    test = _draw_shapes(dataset.seed, _TEST_SHAPES_START, NUM_TEST_SHAPES, "drawing test images")
+    return train, test, {}
+
+
 def _draw_shapes(seed: int, first: int, count: int, desc: str) -> np.ndarray:
     chunk = 250
     starts = range(first, first + count, chunk)
@@ -36,50 +55,50 @@ def _draw_shapes(seed: int, first: int, count: int, desc: str) -> np.ndarray:
     return np.concatenate(chunks)
 
 
-def _load(
-    name: str,
-    archive: Path | None,
-    urls: Sequence[str] | None,
-    pictures: Path | None,
-    num_images: int | None,
-    seed: int | None,
-) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Training images, test images, and what the manifest tells of where they come from beside `SOURCES`."""
-    facts = {}
-    if name == "shapes":
-        train = _draw_shapes(seed, 0, num_images or NUM_SHAPES, "drawing training images")
-        test = _draw_shapes(seed, _TEST_SHAPES_START, NUM_TEST_SHAPES, "drawing test images")
-        return train, test, facts
-    if name == "folder":
-        train, test, facts["pictures"] = load_pictures(pictures)
-    else:
-        train, test = load_cifar10(archive, urls)
-    if num_images is not None and num_images > len(train):
-        raise PreparationError(f"dataset.num_images must be at most {len(train)} for {name}, got {num_images}")
-    return train[:num_images], test, facts
+def _load_folder(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, Facts]:
+    train, test, facts = load_pictures(_pictures_folder(dataset))
+    return train, test, {"pictures": facts}
 
 
-def _is_valid(folder: Path, wanted: dict, pictures: Path | None) -> bool:
+def _pictures_folder(dataset: Dataset) -> Path:
+    assert dataset.pictures is not None
+    return repository() / dataset.pictures
+
+
+_LOADERS = {"cifar10": _load_cifar10, "shapes": _load_shapes, "folder": _load_folder}
+
+
+# ---- the folder
+
+
+def _wanted(dataset: Dataset) -> dict[str, Any]:
+    """The values that decide which images are in the folder."""
+    keys = ("name", "num_images", "seed", *(("pictures",) if dataset.name == "folder" else ()))
+    return {key: getattr(dataset, key) for key in keys}
+
+
+def _is_valid(dataset: Dataset) -> bool:
     """Whether the folder holds what is wanted, every byte of it, made from the pictures as they are now."""
+    folder = dataset.folder
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["dataset"] != wanted or set(manifest["files"]) != {"train.npy", "test.npy"}:
+        if manifest["dataset"] != _wanted(dataset) or set(manifest["files"]) != {"train.npy", "test.npy"}:
             return False
-        for name, entry in manifest["files"].items():
-            if sha256_of(folder / name) != entry["sha256"]:
-                return False
-        return pictures is None or manifest["pictures"]["sha256"] == sha256_of_pictures(pictures)
+        is_whole = all(sha256_of(folder / name) == entry["sha256"] for name, entry in manifest["files"].items())
+        if not is_whole or dataset.name != "folder":
+            return is_whole
+        return manifest["pictures"]["sha256"] == sha256_of_pictures(_pictures_folder(dataset))
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """What a killed process has left of making `folder`; also what another one is making, which holds the lock."""
+    """What a killed process left of a new `folder`; also what another process, which holds the lock, is writing."""
     return list(folder.parent.glob(f".{folder.name}.new.*"))
 
 
 def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Puts a folder with these files in the place of `folder`; until the last moment the old one stays."""
+    """Replaces `folder` by one with these files; the old one stays until the last moment."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new."))
     old = temporary.with_name(temporary.name + ".old")
     try:
@@ -97,13 +116,18 @@ def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _files(wanted: dict, train: np.ndarray, test: np.ndarray, facts: dict) -> dict[str, bytes]:
+def _files(dataset: Dataset) -> dict[str, bytes]:
     """What the folder will hold: both arrays, and the manifest that describes them."""
-    arrays = {"train.npy": train, "test.npy": test}
+    train, test, facts = _LOADERS[dataset.name](dataset)
+    if dataset.num_images is not None and dataset.num_images > len(train):
+        raise PreparationError(
+            f"dataset.num_images must be at most {len(train)} for {dataset.name}, got {dataset.num_images}"
+        )
+    arrays = {"train.npy": train[: dataset.num_images], "test.npy": test}
     files = {file: npy_bytes(array) for file, array in arrays.items()}
     manifest: Manifest = {
-        "dataset": wanted,
-        "source": SOURCES[wanted["name"]],
+        "dataset": _wanted(dataset),
+        "source": SOURCES[dataset.name],
         **facts,
         "files": {
             file: {
@@ -118,48 +142,27 @@ def _files(wanted: dict, train: np.ndarray, test: np.ndarray, facts: dict) -> di
     return files | {"manifest.json": (json.dumps(manifest, indent=2) + "\n").encode()}
 
 
-def prepare(
-    name: str,
-    folder: Path,
-    *,
-    archive: Path | None = None,
-    urls: Sequence[str] | None = None,
-    pictures: str | None = None,
-    repository: Path = Path(),
-    num_images: int | None = None,
-    seed: int | None = None,
-) -> tuple[Manifest, bool]:
-    """Prepares a data set in `folder`, or verifies that it is there already.
+def prepare(dataset: Dataset) -> tuple[Manifest, bool]:
+    """Prepares a data set in its folder, or verifies that it is there already.
 
     Args:
-        name: "cifar10", "shapes" or "folder".
-        folder: gets train.npy, test.npy and manifest.json; what it held before is replaced as a whole.
-        archive: of cifar10; downloaded there when it is missing.
-        urls: of cifar10's archive, tried in turn.
-        pictures: of folder: where they lie, as the manifest is to name it.
-        repository: where a relative `pictures` begins.
-        num_images: training images, the first ones; None for all of the archive or the pictures, or 20,000 shapes.
-        seed: of shapes.
+        dataset: the first `num_images` training images are taken, or all of the archive or the pictures, or 20,000
+            shapes. Relative paths of archive and pictures begin at `repository()`.
 
     Returns:
-        The manifest, and whether anything was written.
+        The manifest, and whether anything was written. What the folder held before is replaced as a whole.
 
     Raises:
-        PreparationError: when the data cannot be had or stored, with the remedy; what was there before stays.
+        PreparationError: when the data cannot be loaded or stored, with the remedy; what was there before stays.
     """
-    wanted = {"name": name, "num_images": num_images, "seed": seed}
-    pictures_folder = None
-    if pictures is not None:
-        wanted["pictures"], pictures_folder = pictures, repository / pictures
+    folder = dataset.folder
     try:
-        is_valid = _is_valid(folder, wanted, pictures_folder)
-        if not is_valid:
-            files = _files(wanted, *_load(name, archive, urls, pictures_folder, num_images, seed))
-        if not is_valid or _leftovers(folder):
+        files = None if _is_valid(dataset) else _files(dataset)
+        if files or _leftovers(folder):
             with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
                 for leftover in _leftovers(folder):
                     shutil.rmtree(leftover)
-                if not is_valid:
+                if files:
                     _replace_folder(folder, files)
     except OSError as error:
         place = error.filename or folder
@@ -167,4 +170,4 @@ def prepare(
             f"{place}: {error.strerror or error}: free some space or change its permissions, "
             "or set dataset.root (prepared data) or dataset.archive (the archive) to another place"
         ) from error
-    return json.loads((folder / "manifest.json").read_text()), not is_valid
+    return json.loads((folder / "manifest.json").read_text()), files is not None

@@ -1,6 +1,6 @@
 """The `shapes` data set, drawn by the project itself: one disc, square or triangle on a plain background.
 
-A first look needs no download, and everyone sees at once whether a sample is right. Each kind has its own family of
+A first look needs no download, and anyone can see at once whether a sample is right. Each kind has its own family of
 colours, so a small network learns them in minutes; and a red square or a green disc is one more way to be wrong.
 """
 
@@ -19,7 +19,7 @@ _KINDS = (  # sides, range of hues, area / inradius^2, outer radius / inradius
 
 
 def _polygon_distance(x: np.ndarray, y: np.ndarray, num_sides: int, inradius: float) -> np.ndarray:
-    """Signed distance to the sides of a regular polygon at the origin that lies on one side; negative inside."""
+    """Signed distance to the sides of a regular polygon around the origin, which rests on one side; negative inside."""
     normals = np.pi / 2 + 2 * np.pi * np.arange(num_sides) / num_sides  # y grows downwards
     return np.max([x * np.cos(normal) + y * np.sin(normal) - inradius for normal in normals], axis=0)
 

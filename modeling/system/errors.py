@@ -1,4 +1,4 @@
-"""What a user or a machine did wrong, in one line; everything else is a bug and keeps its traceback."""
+"""Mistakes of a user and failures of the machine end a script in one line; anything else is a bug with a traceback."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def errors_in_one_line(exit_code: int = 1) -> Iterator[None]:
-    """Around every script: ends it with one line for a UserError, a refusing disk or numbers that are not finite."""
+    """Wraps every script: a UserError, a failing disk or numbers that are not finite end it with one line."""
     try:
         yield
     except (UserError, FloatingPointError) as error:

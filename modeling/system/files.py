@@ -31,7 +31,7 @@ def write_atomically(
         check: called with the written file before it replaces the old one; if it raises, the old one stays.
 
     Raises:
-        OSError: when the disk refuses, naming `path`; the temporary file is removed.
+        OSError: when the disk fails, naming `path`; the temporary file is removed.
     """
     path = Path(path)
     try:

@@ -196,7 +196,7 @@ def test_the_hash_of_images_is_of_their_bytes_and_shape():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("width=12", "width=12: must be a multiple of 8"),
+        ("width=12", "width=12: input should be a multiple of 8"),
         ("urls=abc", "urls=abc: input should be a valid list"),
         ("max_lr=0", "max_lr=0: input should be greater than 0"),
     ],

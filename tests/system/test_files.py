@@ -86,7 +86,7 @@ def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path, kind):
     """With `fork`, a child of the killed process lives on, as a loader's worker may for seconds."""
     path = tmp_path / "lock"
     with hold(path, kind) as process:
-        with pytest.raises(LockedError, match=f"process {process.pid} is at work"), locked(path):
+        with pytest.raises(LockedError, match=f"process {process.pid} is working there"), locked(path):
             pass
         process.kill()
         process.wait()

@@ -1,0 +1,158 @@
+"""A folder of pictures: which files are pictures, what rejects the folder, and how the images are split."""
+
+import hashlib
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modeling.datasets import pictures
+from modeling.datasets.cifar10 import PreparationError
+from modeling.datasets.pictures import find_pictures, load_pictures, split
+from modeling.datasets.preparation import prepare
+from tests.datasets.drawings import as_set, drawings, fill, noise, stored
+from tests.helpers import dataset
+
+
+def test_pictures_are_found_at_any_depth_in_the_order_of_their_names(tmp_path, monkeypatch):
+    names = ["B.png", "a/z.JPEG", "a.webp", "a/b/c.bmp", "b.jpg", "ä.png"]
+    for name in names:
+        stored(noise(32, 32), tmp_path / name)
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *args, **options: reversed(list(walk(*args, **options))))
+    assert [str(path) for path in find_pictures(tmp_path)] == sorted(names)
+
+
+def test_hidden_files_other_suffixes_links_and_devices_are_ignored(tmp_path):
+    folder = fill(tmp_path / "in", 2)
+    fill(folder / ".thumbnails", 3, first=10)
+    fill(tmp_path / "outside", 1, first=20)
+    stored(noise(32, 32, 30), folder / "._0.png")
+    stored(noise(32, 32, 31), folder / "31.gif")
+    (folder / "notes.txt").write_text("")
+    (folder / "folder.png").mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "outside" / "20.png")
+    (folder / "outside").symlink_to(tmp_path / "outside")
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    assert [str(path) for path in find_pictures(folder)] == ["0.png", "1.png"]
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be one
+    assert len(find_pictures(tmp_path / "link")) == 2
+
+
+def test_duplicates_are_kept_once_and_counted(tmp_path):
+    fill(tmp_path, 6)
+    stored(noise(32, 32, 3), tmp_path / "sub" / "copy.png")
+    stored(noise(32, 32, 3), tmp_path / "other format.bmp")
+    train, test, facts = load_pictures(tmp_path)
+    assert (facts["count"], facts["duplicates"]) == (8, 2)
+    assert as_set(train) | as_set(test) == {noise(32, 32, n).transpose(2, 0, 1).tobytes() for n in range(6)}
+    assert len(train) + len(test) == 6
+
+
+# ---- folders that are rejected
+
+
+@pytest.mark.parametrize(("height", "width"), [(31, 100), (100, 31), (1, 1)])
+def test_a_picture_is_never_enlarged(tmp_path, height, width):
+    stored(noise(height, width), tmp_path / "a.png")
+    with pytest.raises(PreparationError, match=rf"a\.png: {width}x{height} pixels, at least 32x32 needed"):
+        load_pictures(tmp_path)
+
+
+def test_all_rejected_files_are_counted_and_the_first_are_named(tmp_path):
+    fill(tmp_path, 10)
+    for number in range(8):
+        (tmp_path / f"bad{number}.png").write_bytes(b"bad")
+    with pytest.raises(PreparationError) as caught:
+        load_pictures(tmp_path)
+    head, *rest = str(caught.value).splitlines()
+    assert head == f"dataset.pictures={tmp_path}: 8 of 18 pictures cannot be used, remove them:"
+    assert rest[:-1] == [f"  bad{number}.png: not a picture in BMP, JPEG, PNG, WEBP" for number in range(5)]
+    assert rest[-1] == "  and 3 more"
+
+
+def test_a_file_or_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    fill(tmp_path / "in", 5)
+    fill(tmp_path / "in" / "sub", 5, first=5)
+    scandir, sha256_of = os.scandir, pictures.sha256_of
+
+    def deny(real, name):
+        def call(path):
+            if Path(path).name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", deny(scandir, "sub"))
+        with pytest.raises(PreparationError, match=r"in/sub: Permission denied"):
+            prepare(drawings(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "sha256_of", deny(sha256_of, "7.png"))
+        with pytest.raises(PreparationError, match=r"1 of 10 pictures.*\n  sub/7\.png: Permission denied"):
+            prepare(drawings(tmp_path))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_different_pictures_are_no_data_set(tmp_path, count):
+    fill(tmp_path, count)
+    for copy in "ab"[: 2 * count]:
+        stored(noise(32, 32), tmp_path / f"{copy}.bmp")
+    with pytest.raises(PreparationError, match=rf"{3 * count} pictures .*{count} of them different, at least 2 needed"):
+        load_pictures(tmp_path)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_missing_folder_is_an_error_with_the_key(tmp_path, is_file):
+    if is_file:
+        fill(tmp_path, 1)
+    with pytest.raises(PreparationError, match=r"dataset\.pictures=.*0\.png: there is no such folder"):
+        prepare(dataset("folder", tmp_path, pictures=str(tmp_path / "0.png")))
+
+
+# ---- the split
+
+
+def test_every_image_is_in_exactly_one_split_in_the_order_of_names(tmp_path):
+    train, test, _ = load_pictures(fill(tmp_path, 60))
+    images = [noise(32, 32, int(path.stem)).transpose(2, 0, 1).tobytes() for path in find_pictures(tmp_path)]
+    is_held_out = [hashlib.sha256(image).digest() < (2**256 // 10).to_bytes(32, "big") for image in images]
+    assert [image.tobytes() for image in test] == list(itertools.compress(images, is_held_out))
+    assert [image.tobytes() for image in train] == [
+        image for image, held_out in zip(images, is_held_out, strict=True) if not held_out
+    ]
+    assert train.dtype == test.dtype == np.uint8
+    assert train.shape[1:] == test.shape[1:] == (3, 32, 32)
+
+
+def test_further_pictures_move_no_other_into_the_other_split(tmp_path):
+    train, test, _ = load_pictures(fill(tmp_path, 40))
+    more_train, more_test, _ = load_pictures(fill(tmp_path, 40, first=40))
+    assert as_set(train) < as_set(more_train)
+    assert as_set(test) < as_set(more_test)
+
+
+def digest(share: float, number: int) -> bytes:
+    """A digest that is larger than this share of all digests."""
+    return int(share * 2**40).to_bytes(5, "big") + number.to_bytes(27, "big")
+
+
+@pytest.mark.parametrize(
+    ("shares", "num_test"),
+    [
+        ([0.05] * 3 + [0.5] * 7, 3),
+        ([0.2, 0.15, 0.9], 1),  # none is in the tenth: one all the same
+        ([0.05] * 4, 3),  # all are: not all the same
+        ([0.05] * 10_050 + [0.5] * 10, 10_000),
+    ],
+)
+def test_the_bounds_of_the_held_out_part_hold(shares, num_test):
+    images = {digest(share, number): np.array(number) for number, share in enumerate(shares)}
+    train, test = split(images)
+    lowest = sorted(images)[:num_test]
+    assert test.tolist() == sorted(int(images[key]) for key in lowest)
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(len(shares)))

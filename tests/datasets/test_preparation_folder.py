@@ -1,0 +1,144 @@
+"""dataset=folder, from pictures to samples: the manifest, changed pictures, and what the scripts say."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import main
+import prepare_data
+from modeling.config import parse
+from modeling.datasets.cifar10 import PreparationError
+from modeling.datasets.pictures import sha256_of_pictures
+from modeling.datasets.preparation import prepare
+from modeling.stage import read_manifest
+from tests.datasets.drawings import drawings, fill, noise, stored
+from tests.helpers import TINY, dataset, ends_in_error
+
+
+def test_the_manifest_names_source_counts_and_digest_but_not_the_disk(tmp_path, monkeypatch):
+    fill(tmp_path / "first" / "in", 20)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "first"))
+    manifest, is_new = prepare(dataset("folder", tmp_path, pictures="in"))
+    assert is_new
+    assert manifest["dataset"] == {"name": "folder", "num_images": None, "seed": None, "pictures": "in"}
+    digest = sha256_of_pictures(tmp_path / "first" / "in")
+    assert manifest["pictures"] == {"count": 20, "duplicates": 0, "sha256": digest}
+    assert str(tmp_path) not in json.dumps(manifest)
+    (tmp_path / "first").rename(tmp_path / "second")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "second"))
+    assert prepare(dataset("folder", tmp_path, pictures="in")) == (manifest, False)
+
+
+def test_the_manifests_of_other_data_sets_do_not_mention_pictures(tiny_data):
+    manifest = json.loads((tiny_data / "shapes" / "manifest.json").read_text())
+    assert set(manifest) == {"dataset", "source", "files"}
+    assert set(manifest["dataset"]) == {"name", "num_images", "seed"}
+
+
+@pytest.mark.parametrize("change", ["pixels", "add", "remove", "rename", "manifest"])
+def test_changed_pictures_are_prepared_again_and_unchanged_ones_are_not(tmp_path, change):
+    source, folder = fill(tmp_path / "in", 20), tmp_path / "folder"
+    manifest, _ = prepare(drawings(tmp_path))
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    (source / "0.png").touch()
+    (source / "notes.txt").write_text("")
+    assert prepare(drawings(tmp_path)) == (manifest, False)
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    if change == "pixels":
+        stored(noise(32, 32, 77), source / "3.png")
+    elif change == "add":
+        stored(noise(32, 32, 77), source / "77.png")
+    elif change == "remove":
+        (source / "3.png").unlink()
+    elif change == "rename":
+        (source / "3.png").rename(source / "z.png")
+    else:
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"pictures": {}}))
+    after, is_new = prepare(drawings(tmp_path))
+    assert is_new
+    assert (after == manifest) == (change == "manifest")
+    assert prepare(drawings(tmp_path)) == (after, False)
+
+
+def test_a_rejected_picture_leaves_what_was_prepared_before(tmp_path):
+    source, folder = fill(tmp_path / "in", 20), tmp_path / "folder"
+    prepare(drawings(tmp_path))
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    (source / "bad.png").write_bytes(b"bad")
+    with pytest.raises(PreparationError, match="1 of 21 pictures"):
+        prepare(drawings(tmp_path))
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_num_images_limits_the_training_images(tmp_path):
+    fill(tmp_path / "in", 20)
+    everything = prepare(drawings(tmp_path))[0]["files"]["train.npy"]["count"]
+    train = np.load(tmp_path / "folder" / "train.npy")
+    prepare(drawings(tmp_path, 5))
+    np.testing.assert_array_equal(np.load(tmp_path / "folder" / "train.npy"), train[:5])
+    with pytest.raises(PreparationError, match=f"num_images must be at most {everything} for folder, got 21"):
+        prepare(drawings(tmp_path, 21))
+
+
+# ---- from pictures to samples
+
+
+@pytest.fixture
+def drawn(tmp_path) -> Path:
+    """Forty drawings in various formats and sizes."""
+    for number in range(40):
+        rng = np.random.default_rng(number)
+        image = Image.new("RGB", tuple(rng.integers(40, 120, 2).tolist()), tuple(rng.integers(0, 256, 3).tolist()))
+        ImageDraw.Draw(image).ellipse((5, 5, 35, 35), fill=tuple(rng.integers(0, 256, 3).tolist()))
+        suffix = ("png", "jpg", "webp", "bmp")[number % 4]
+        stored(image, tmp_path / "my pictures" / f"{number % 3}" / f"{number}.{suffix}")
+    return tmp_path / "my pictures"
+
+
+@pytest.mark.slow
+def test_from_a_folder_of_pictures_to_a_trained_model(tmp_path, monkeypatch, compose_config, capsys, drawn):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "dataset=folder", f"dataset.pictures={drawn}", "dataset.num_images=null"]
+    values = compose_config(*options, "runtime.output_dir=run")
+    quoted = re.escape(f"'dataset.pictures='\"'\"'{drawn}'")  # for the shell and for Hydra
+    with ends_in_error(capsys, f"holds no prepared data: run `python prepare_data.py .*{quoted}"):
+        main.main(values)
+    prepare_data.main(values)
+    prepare_data.main(values)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("data/folder: "))
+    assert ", of 40 pictures, 0 of them duplicates (written)" in first
+    assert second == first.replace("(written)", "(already there, verified)")
+    main.main(values)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    manifest = json.loads((tmp_path / "data" / "folder" / "manifest.json").read_text())
+    counts = [manifest["files"][f"{name}.npy"]["count"] for name in ("train", "test")]
+    assert sum(counts) == 40
+    assert metrics["steps"] == counts[0] // 16 * 2
+    assert metrics["data_sha256"] == manifest["files"]["train.npy"]["sha256"]
+    with Image.open(tmp_path / "run" / "samples" / "ema" / f"{metrics['steps']}.png") as grid:
+        assert np.asarray(grid).std() > 10
+
+
+@pytest.mark.fault("wrong input")
+def test_a_batch_larger_than_the_folder_is_one_line(tmp_path, monkeypatch, compose_config, capsys):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "in", 8)
+    values = compose_config(*TINY, "dataset=folder", "dataset.pictures=in", "dataset.num_images=null")
+    prepare_data.main(values)
+    with ends_in_error(capsys, r"train\.batch_size must be in 1\.\.[67] \(the training images\), got 16"):
+        main.main(values)
+
+
+def test_only_the_prepared_pictures_are_trained_on(tmp_path, monkeypatch, compose_config, capsys):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "in", 8)
+    values = compose_config(*TINY, "dataset=folder", "dataset.pictures=in", "dataset.num_images=null")
+    prepare_data.main(values)
+    assert read_manifest(parse(values).dataset)["pictures"]["count"] == 8
+    values.dataset.pictures = "other"
+    with ends_in_error(capsys, r"was prepared with .*'in'.*, not with .*'other'.*dataset\.pictures=other"):
+        main.main(values)
