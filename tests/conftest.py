@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from tests.helpers import ROOT, TINY, dataset
+from tests.helpers import ROOT, TINY, dataset, run_script
 
 sys.path.insert(0, str(ROOT))
 
@@ -87,6 +87,17 @@ def tiny(tiny_data, compose_config, tmp_path, monkeypatch):
     """Composes TINY on its data with further overrides; the working folder is a fresh one."""
     monkeypatch.chdir(tmp_path)
     return lambda *overrides: compose_config(*TINY, f"dataset.root={tiny_data}", *overrides)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, tiny_data) -> Path:
+    """The folder of a small finished run, made by the scripts themselves in fresh processes."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    result = run_script("main.py", *TINY, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}")
+    assert result.returncode == 0, result.stderr
+    folder.with_name("out").write_text(result.stdout)
+    folder.with_name("err").write_text(result.stderr)
+    return folder
 
 
 @pytest.fixture(scope="session")

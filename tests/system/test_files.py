@@ -1,6 +1,7 @@
-"""Writing whole or not at all, whatever the disk does; locks that die with their process."""
+"""Files are written whole or not at all, whatever the disk does; locks die with their process."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ FAULTS = {"write": "ENOSPC", "fsync": "EIO", "replace": "EACCES", "mkstemp": "ER
 
 @pytest.mark.parametrize("call", FAULTS)
 @pytest.mark.fault("disk")
-def test_a_disk_that_refuses_leaves_what_was_there_and_the_error_names_the_path(tmp_path, monkeypatch, call):
+def test_a_failing_disk_leaves_what_was_there_and_the_error_names_the_path(tmp_path, monkeypatch, call):
     path = tmp_path / "a.txt"
     write_atomically(path, b"before")
     inject(monkeypatch, call, FAULTS[call])
@@ -33,12 +34,12 @@ def test_a_file_is_checked_before_it_takes_its_place(tmp_path):
     path = tmp_path / "a.txt"
     write_atomically(path, b"before")
 
-    def refuse(written: Path) -> None:
+    def reject(written: Path) -> None:
         assert written.read_bytes() == b"after"
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        write_atomically(path, b"after", refuse)
+        write_atomically(path, b"after", reject)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -101,11 +102,11 @@ def test_a_lock_can_be_waited_for(tmp_path):
             assert time.perf_counter() - started > 0.2
 
 
-def test_a_lock_that_cannot_be_had_names_the_file(tmp_path, monkeypatch):
+def test_an_error_of_locking_names_the_file(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.lockf", fail)
+    monkeypatch.setattr(fcntl, "lockf", fail)
     with pytest.raises(OSError, match="lock") as caught, locked(tmp_path / "lock"):
         pass
     assert caught.value.filename == str(tmp_path / "lock")

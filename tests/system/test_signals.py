@@ -1,4 +1,4 @@
-"""Being asked to end: one exception, at once or behind the section that must not be cut; conventional exit codes."""
+"""Requests to end: one exception, at once or after the section that must not be cut; conventional exit codes."""
 
 import os
 import signal
@@ -29,11 +29,12 @@ def test_a_signal_becomes_an_exit_with_its_conventional_code(name, code, capfd):
 
 
 @pytest.mark.fault("time limit")
-def test_the_time_limit_ends_with_zero_whatever_the_process_is_at():
-    started = time.perf_counter()
+def test_the_time_limit_ends_with_zero_whatever_the_process_is_doing():
+    is_over = False
     with stopping_on_signals(0.2), pytest.raises(Stopped) as caught:
         time.sleep(5)
-    assert time.perf_counter() - started < 2
+        is_over = True
+    assert not is_over
     assert (caught.value.code, caught.value.reason) == (0, "the time limit of 0.2 s")
 
 
@@ -61,7 +62,7 @@ def test_a_section_is_finished_before_the_stop():
 
 
 @pytest.mark.fault("signal")
-def test_a_stop_that_python_swallowed_comes_again_at_the_next_section(monkeypatch):
+def test_a_stop_that_python_swallowed_is_raised_again_at_the_next_section(monkeypatch):
     class Dying:
         def __del__(self):
             send("SIGTERM")
@@ -70,10 +71,10 @@ def test_a_stop_that_python_swallowed_comes_again_at_the_next_section(monkeypatc
     monkeypatch.setattr("sys.unraisablehook", swallowed.append)
     with stopping_on_signals(), pytest.raises(Stopped):
         Dying()
-        done.append("went on")
+        done.append("continued")
         with uninterrupted():
             done.append("section")
-    assert done == ["went on"]
+    assert done == ["continued"]
     assert [entry.exc_type for entry in swallowed] == [Stopped]
 
 
@@ -83,7 +84,7 @@ def test_an_error_in_a_section_is_not_hidden():
         raise KeyError
 
 
-def test_while_the_first_stop_is_carried_out_others_change_nothing():
+def test_further_requests_change_nothing_while_the_first_is_carried_out():
     """Also a second Ctrl-C in the same instant, which comes from a shell or `timeout`, not from a hand."""
     saved = False
     with stopping_on_signals(), pytest.raises(Stopped) as caught:
@@ -104,7 +105,7 @@ with stopping_on_signals():
     if sys.argv[1] == "worker" and os.fork() == 0:
         for _ in range(100):
             time.sleep(0.05)
-        print("worker went on", flush=True)
+        print("worker continued", flush=True)
         os._exit(0)
     try:
         print("ready", flush=True)
@@ -131,11 +132,9 @@ def test_a_second_ctrl_c_leaves_at_once():
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "saving\n"
         time.sleep(0.4)
-        started = time.perf_counter()
         process.send_signal(signal.SIGINT)
-        assert process.wait(5) == 130
-        assert time.perf_counter() - started < 1
-        assert process.stdout.read() == ""
+        assert process.wait() == 130
+        assert process.stdout.read() == ""  # it would have printed "saved"
 
 
 @pytest.mark.long
@@ -145,4 +144,4 @@ def test_a_ctrl_c_for_the_whole_group_leaves_the_forked_workers_to_their_parent(
     with start("worker") as process:
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(10) == 130
-        assert set(process.stdout.read().split("\n")) == {"saving", "saved", "worker went on", ""}
+        assert set(process.stdout.read().split("\n")) == {"saving", "saved", "worker continued", ""}

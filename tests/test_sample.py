@@ -1,0 +1,132 @@
+"""sample.py: needs nothing but the file, writes every kind of output, resumes, and trusts no file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+import sample
+from modeling.checkpoint import load_weights
+from modeling.config import ConfigError, parse
+from modeling.measures import trained
+from modeling.measures.sample_files import read_samples
+from tests.helpers import ended_after, ends_in_error, run_script
+
+
+@pytest.mark.slow
+def test_sampling_needs_nothing_but_the_file(finished_run, tmp_path):
+    """In a fresh process and folder; the images are those of the training's last grid, which has the same seed."""
+    checkpoint = tmp_path / "given.safetensors"
+    checkpoint.write_bytes((finished_run / "model.safetensors").read_bytes())
+    options = ["num_images=4", "num_steps=5", "batch_size=4", "device=cpu"]
+    result = run_script("sample.py", f"checkpoint={checkpoint}", *options, f"out={tmp_path}/a.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"{tmp_path}/a.png"
+    with Image.open(tmp_path / "a.png") as ours, Image.open(finished_run / "samples" / "ema" / "8.png") as theirs:
+        np.testing.assert_array_equal(np.array(ours), np.array(theirs))
+
+
+@pytest.mark.slow
+def test_samples_do_not_depend_on_the_batch_size(finished_run, compose_config, tmp_path):
+    grids = []
+    for size in (4, 3):
+        path = tmp_path / f"{size}.png"
+        options = [f"checkpoint={finished_run}/checkpoints/last.pt", "num_images=4", "num_steps=null"]
+        options += [f"batch_size={size}", "precision=fp32", "device=cpu", f"out={path}"]
+        sample.main(compose_config(*options, name="sample"))
+        with Image.open(path) as image:
+            grids.append(np.array(image).astype(int))
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["checkpoint=nowhere.pt"], "nowhere.pt: there is no such file"),
+        (["checkpoint={run}/config.yaml"], "no checkpoint"),
+        (["checkpoint={run}/model.safetensors", "num_steps=21"], "num_steps must be at most 20, got 21"),
+        (["checkpoint={run}/model.safetensors", "sampler=ddim", "eta=-1"], "eta=-1"),
+        (["checkpoint={run}/model.safetensors", "sampler=dpm_solver", "eta=1.0"], "eta must be null with sampler=dpm"),
+        (["checkpoint={run}/model.safetensors", "picture=path", "out=a.npz"], r"picture=path needs out=\*\.png, got a"),
+        (["checkpoint={run}/model.safetensors", "weights=raw"], "holds averaged weights only"),
+        (["checkpoint={run}/model.safetensors", "out={run}", "overwrite=true"], "does not hold samples"),
+        (["checkpoint={run}/model.safetensors", "out={run}/config.yaml"], "exists already"),
+    ],
+)
+def test_wrong_requests_are_rejected(finished_run, compose_config, monkeypatch, tmp_path, capsys, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    overrides = [override.format(run=finished_run) for override in overrides]
+    with ends_in_error(capsys, message):
+        sample.main(compose_config(*overrides, name="sample"))
+
+
+@pytest.mark.slow
+def test_a_stopped_script_resumes_and_writes_every_kind_of_output(finished_run, compose_config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = [
+        f"checkpoint={finished_run}/checkpoints/last.pt", "num_images=6", "batch_size=2", "num_steps=4", "sampler=ddim",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trained, "sample_images", ended_after(trained.sample_images, 2, KeyboardInterrupt))
+        sample.main(compose_config(*options, "out=a.npz", name="sample"))
+    sample.main(compose_config(*options, "out=a.npz", name="sample"))
+    sample.main(compose_config(*options, "out=b", name="sample"))
+    images, identity = read_samples(tmp_path / "a.npz")
+    assert len(images) == len(list(Path("b").glob("*.png"))) == 6
+    assert identity["sampler"] == "ddim"
+    assert identity["eta"] == 0
+    assert json.loads(Path("b/identity.json").read_text()) == identity
+    assert not list(tmp_path.glob("*.partial"))
+    with Image.open("b/5.png") as image:
+        assert np.array_equal(np.array(image), images[5].permute(1, 2, 0).numpy())
+    sample.main(compose_config(*options, "out=raw.npz", "weights=raw", name="sample"))
+    assert not torch.equal(read_samples(tmp_path / "raw.npz")[0], images)
+    for picture in ("path", "interpolation"):
+        sample.main(compose_config(*options, f"picture={picture}", f"out={picture}.png", name="sample"))
+        with Image.open(f"{picture}.png") as image:
+            assert image.size == (34 * 10 + 2, 34 * (12 if picture == "path" else 6) + 2)
+
+
+def hostile(config: dict) -> dict:
+    """Configurations that an attacker might put into a file with weights."""
+    return {
+        "names code": config | {"model": config["model"] | {"_target_": "os.system"}},
+        "reads the environment": config | {"wandb": config["wandb"] | {"name": 3, "project": "${oc.env:HOME}"}},
+        "takes all memory": config | {"model": config["model"] | {"hidden_size": 4096, "multipliers": [64] * 6}},
+        "takes forever": config | {"model": config["model"] | {"num_blocks": 10**9}},
+        "is none": {"a": 1},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.fault("hostile config")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        pytest.param("names code", "_target_", marks=pytest.mark.long),
+        ("takes all memory", "the weights do not fit"),
+        pytest.param("reads the environment", "wandb.name=3", marks=pytest.mark.long),
+        pytest.param("takes forever", "num_blocks", marks=pytest.mark.long),
+        pytest.param("is none", "unknown key", marks=pytest.mark.long),
+    ],
+)
+def test_a_configuration_inside_a_file_can_do_no_harm(finished_run, tmp_path, kind, message):
+    config, weights = load_weights(finished_run / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save(weights, metadata={"config": json.dumps(hostile(config)[kind])}))
+    done = run_script("sample.py", f"checkpoint={path}", "num_steps=5", f"out={tmp_path}/a.png")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.fault("hostile config")
+def test_a_key_that_names_code_is_unknown(compose_config):
+    with pytest.raises(ConfigError, match="_target_: unknown key"):
+        parse(compose_config("+model._target_=os.system"))

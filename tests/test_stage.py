@@ -1,0 +1,52 @@
+"""What both stages agree on: the values they run on, and the prepared data."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from modeling.config import ConfigError, parse
+from modeling.stage import parse_stage, read_manifest, repository
+from tests.helpers import ROOT, dataset
+
+
+def test_data_that_is_not_prepared_names_the_command(compose_config, tmp_path, tiny_data):
+    config = parse(compose_config("dataset=shapes", "dataset.num_images=256", f"dataset.root={tmp_path}"))
+    command = f"python prepare_data.py dataset=shapes dataset.root={tmp_path} dataset.num_images=256 dataset.seed=0"
+    with pytest.raises(ConfigError, match=f"holds no prepared data: run `{command}`"):
+        read_manifest(config.dataset)
+    config = parse(compose_config("dataset=shapes", "dataset.num_images=256", f"dataset.root={tiny_data}"))
+    with pytest.raises(ConfigError, match=r"was prepared with .*64.* not with .*256.*: run `python prepare_data.py"):
+        read_manifest(config.dataset)
+
+
+@pytest.mark.parametrize("pictures", ["/a/b-1.0", "/a/my pictures", "it's (2), $x", "été/~a=b", '"'])
+def test_the_command_that_an_error_names_sets_the_very_value(compose_config, tmp_path, pictures):
+    values = dataset("folder", tmp_path, pictures=pictures, num_images=3)
+    with pytest.raises(ConfigError) as caught:
+        read_manifest(values)
+    _, script, *overrides = shlex.split(str(caught.value).partition("`")[2].removesuffix("`"))
+    assert script == "prepare_data.py"
+    assert parse(compose_config(*overrides, "train.batch_size=1")).dataset == values
+
+
+def test_inside_a_dvc_stage_only_params_yaml_runs(compose_config, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DVC_STAGE", "train")
+    parse_stage(compose_config())
+    with pytest.raises(ConfigError, match=r"must be those of params\.yaml"):
+        parse_stage(compose_config("optimizer.lr=0.5"))
+
+
+def test_a_recorded_stage_starts_from_no_file(compose_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("DVC_STAGE", "train")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("resume: auto", "resume: a.pt"))
+    with pytest.raises(ConfigError, match="runtime.resume=a.pt: a recorded stage cannot start from a file"):
+        parse_stage(compose_config("runtime.resume=a.pt"))
+
+
+def test_relative_paths_begin_at_the_original_repository_even_in_dvcs_copy(monkeypatch):
+    assert repository() == Path()
+    monkeypatch.setenv("DVC_ROOT", "/original")
+    assert repository() == Path("/original")
