@@ -1,0 +1,63 @@
+"""The records of a run: complete local files, with or without Weights & Biases beside them."""
+
+import json
+from types import SimpleNamespace
+
+import torch
+
+from modeling.run.records import JsonLines, Tracker, write_csv
+
+
+def test_lines_are_appended_and_read_back(tmp_path):
+    lines = JsonLines(tmp_path / "m.jsonl")
+    lines.log(1, {"a": 0.5})
+    lines.log(2, {"a": 0.25})
+    assert lines.rows() == [{"step": 1, "a": 0.5}, {"step": 2, "a": 0.25}]
+
+
+def test_a_second_record_of_a_step_joins_its_line(tmp_path):
+    lines = JsonLines(tmp_path / "m.jsonl")
+    lines.log(1, {"a": 0.5})
+    lines.log(2, {"a": 0.25})
+    lines.log(2, {"b": 3})
+    assert lines.rows() == [{"step": 1, "a": 0.5}, {"step": 2, "a": 0.25, "b": 3}]
+
+
+def test_resuming_drops_a_cut_line_and_those_that_will_come_again(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "a"')
+    lines = JsonLines(path, step=2)
+    lines.log(3, {"a": 1})
+    assert [row["step"] for row in lines.rows()] == [1, 2, 3]
+
+
+def test_csv_holds_the_rows_that_have_all_columns(tmp_path):
+    path = tmp_path / "t.csv"
+    write_csv(path, [{"step": 1, "loss": 0.5, "x": 1}, {"step": 2}, {"step": 3, "loss": 0.1}], ["step", "loss"])
+    assert path.read_text() == "step,loss\n1,0.5\n3,0.1\n"
+
+
+def test_a_tracker_hands_all_to_wandb_and_keeps_the_lines(tmp_path):
+    calls = []
+
+    def record(name):
+        return lambda *arguments: calls.append((name, *arguments))
+
+    names = "log", "image", "artifact", "finish"
+    grid, path = torch.zeros(3, 4, 4, dtype=torch.uint8), tmp_path / "config.yaml"
+    for wandb in (SimpleNamespace(**{name: record(name) for name in names}), None):
+        tracker = Tracker(JsonLines(tmp_path / "m.jsonl"), wandb)  # pyright: ignore[reportArgumentType]: a stand-in
+        tracker.log(1, {"loss": 0.5})
+        tracker.image(1, "inputs", grid)
+        tracker.artifact(path, "config", "config")
+        tracker.sync()
+        tracker.finish(is_complete=False)
+        assert [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [
+            {"step": 1, "loss": 0.5}
+        ]
+    assert calls == [
+        ("log", 1, {"loss": 0.5}),
+        ("image", 1, "inputs", grid),
+        ("artifact", path, "config", "config"),
+        ("finish", False),
+    ]
