@@ -1,4 +1,4 @@
-"""What is done for speed trains like plain float32: the same random numbers, the losses side by side."""
+"""Networks made fast train like plain float32 ones, with the same random numbers."""
 
 import functools
 from collections.abc import Callable
@@ -15,11 +15,10 @@ from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
 from modeling.ema import Ema
 from modeling.heldout import denoising_loss
-from modeling.run.step import RunStep, TrainState
 from modeling.runtime import place
-from modeling.training import fit, train_step
 from modeling.unet import UnetModel
 from tests.helpers import needs_compiler
+from tests.run.recorder import run
 
 NUM_STEPS, BATCH_SIZE = 200, 16
 OPTIMIZER = Optimizer(
@@ -39,7 +38,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain(images) -> Callable[[str, int], tuple[float, float]]:
-    """(network, seed) -> the losses in contiguous float32."""
+    """(network, seed) -> the losses in contiguous float32, each computed once."""
     return functools.cache(functools.partial(train, images))
 
 
@@ -53,29 +52,22 @@ def train(images, network, seed, precision="fp32", is_placed=False, is_compiled=
         model = place(model, torch.device("cpu"))
     if is_compiled:
         model.eps_model.compile()
-    ema, losses = Ema(model.eps_model, 0.99), []
-    batches = Batches(images[:500], BATCH_SIZE, seed, random_flip=True)
-    step = RunStep(
-        train_step=train_step,
-        state=TrainState(),
-        ema=ema,
+    record = run(
+        model,
+        NUM_STEPS,
+        batches=Batches(images[:500], BATCH_SIZE, seed, random_flip=True),
+        optimizer=torch.optim.Adam(model.parameters(), fused=True),
+        ema=Ema(model.eps_model, 0.99),
         learning_rate=build_learning_rate(OPTIMIZER, NUM_STEPS),
-        seed=seed,
-        steps_per_epoch=batches.steps_per_epoch,
-        log=lambda step, metrics: losses.append(metrics["train/loss"]),
         log_every=NUM_STEPS,
-        save=lambda state: None,
         checkpoint_every=NUM_STEPS,
-        last_step=NUM_STEPS,
         precision=precision,
         max_grad_norm=OPTIMIZER.max_grad_norm,
     )
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    fit(model, batches, optimizer, "cpu", step=step, sample=lambda step: None, sample_every=1)
-    ema_model = DiffusionModel(ema.module, (1e-4, 0.02), 1000)
+    ema_model = DiffusionModel(record.ema.module, (1e-4, 0.02), 1000)
     held_out, _ = denoising_loss(ema_model, images[500:], "cpu", precision=precision)
-    (loss,) = losses
-    return loss, held_out
+    (line,) = record.lines
+    return line["train/loss"], held_out
 
 
 @pytest.mark.slow
@@ -85,7 +77,7 @@ def train(images, network, seed, precision="fp32", is_placed=False, is_compiled=
     ("precision", "is_compiled"),
     [("fp32", False), ("bf16", False), ("fp16", False), pytest.param("bf16", True, marks=needs_compiler)],
 )
-def test_the_fast_way_trains_as_the_plain_one(images, plain, network, precision, is_compiled):
+def test_the_fast_network_trains_like_the_plain_one(images, plain, network, precision, is_compiled):
     loss, held_out = train(images, network, 0, precision, is_placed=True, is_compiled=is_compiled)
     plain_loss, plain_held_out = plain(network, 0)
     print(f"{network}, {precision}: {loss:.5f} and {held_out:.5f}, plain {plain_loss:.5f} and {plain_held_out:.5f}")

@@ -1,0 +1,179 @@
+"""Where a run starts: from which state, in which folder, and what is rejected."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from modeling.checkpoint import load_checkpoint
+from modeling.config import parse
+from modeling.datasets import preparation
+from tests.helpers import ends_in_error, equal, result, train
+from tests.run.interruptions import crash
+
+CONSTANT = "optimizer.lr_schedule=constant", "optimizer.warmup_steps=0"
+
+# ---- runtime.resume
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.fault("another run's state")
+def test_never_starts_from_scratch_and_overwrites_nothing(tiny, straight, monkeypatch, capsys):
+    assert equal(train(tiny("runtime.resume=never"), "never"), straight)
+    crash(tiny, monkeypatch, 6)
+    with ends_in_error(capsys, r"runtime\.resume=never: stopped holds this run up to step 5: delete it"):
+        train(tiny("runtime.resume=never"), "stopped")
+    assert load_checkpoint("stopped/checkpoints/last.pt")["state"]["step"] == 5
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.fault("another run's state")
+def test_a_run_carried_elsewhere_is_the_same_run(tiny, straight, monkeypatch):
+    """Its checkpoint alone is enough, and the result in the new folder bitwise that of the uninterrupted run."""
+    crash(tiny, monkeypatch, 6)
+    moved = train(tiny("runtime.resume=stopped/checkpoints/last.pt"), "elsewhere")
+    assert equal(moved["state"], straight["state"])
+    assert moved["lines"] == straight["lines"][1:] or moved["lines"][-1] == straight["lines"][-1]
+    marker = json.loads(Path("elsewhere/run.json").read_text())
+    assert marker["run"] == json.loads(Path("straight/run.json").read_text())["run"]
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.fault("another run's state")
+def test_another_learning_rate_goes_into_a_new_folder_and_is_reported(tiny, straight, capsys):
+    options = "optimizer.lr=0.001", "runtime.resume=straight/checkpoints/5.pt"
+    main.main(tiny(*options))
+    out = capsys.readouterr().out
+    name = json.loads(Path("straight/run.json").read_text())["run"]
+    how = "optimizer.lr: checkpoint 0.004, this run 0.001"
+    assert f"starting from straight/checkpoints/5.pt ({name}@5) with {how}" in out
+    (folder,) = Path("runs").iterdir()
+    about = load_checkpoint(folder / "checkpoints" / "last.pt")["about"]
+    assert (about["parent"], about["identity"]["origin"]) == (f"{name}@5", f"{name}@5")
+    assert [line["step"] for line in result(folder)["lines"]] == [6, 8]
+    before = result(folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "metrics.json").unlink()
+    main.main(tiny(*options))  # the same command resumes in the same folder
+    assert equal(result(folder), before)
+    main.main(tiny("optimizer.lr=0.001"))  # from scratch: another run, in another folder
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=1"], "seed: checkpoint 0, this run 1"),
+        (["model.hidden_size=16"], r"model\.hidden_size: checkpoint 8, this run 16"),
+        (
+            ["model=unet", "model.hidden_size=8", "model.multipliers=null"],
+            r'model\.name: checkpoint "ddpm", this run "unet"',
+        ),
+        *[
+            pytest.param(overrides, message, marks=pytest.mark.long)
+            for overrides, message in [
+                (["optimizer=sgd"], r'optimizer\.name: checkpoint "adam", this run "sgd"'),
+                (["diffusion.num_timesteps=21"], r"diffusion\.num_timesteps: checkpoint 20, this run 21"),
+                (["train.batch_size=8"], r"train\.batch_size: checkpoint 16, this run 8"),
+            ]
+        ],
+        (["runtime.resume=nowhere.pt"], r"runtime\.resume=nowhere\.pt: .*there is no such file"),
+        (["runtime.resume=straight/config.yaml"], r"runtime\.resume=straight/config\.yaml: .*no checkpoint"),
+    ],
+)
+@pytest.mark.fault("another run's state")
+def test_a_state_of_another_run_is_rejected_with_the_difference(tiny, straight, capsys, overrides, message):
+    with ends_in_error(capsys, message):
+        main.main(tiny("runtime.resume=straight/checkpoints/last.pt", *overrides))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.fault("another run's state")
+def test_a_state_of_other_data_is_rejected(tiny, straight, tmp_path, capsys):
+    preparation.prepare("shapes", tmp_path / "other" / "shapes", num_images=64, seed=5)
+    config = tiny("runtime.resume=straight/checkpoints/last.pt", "dataset.seed=5", f"dataset.root={tmp_path}/other")
+    message = r'belongs to another run and cannot be resumed \(data: checkpoint "\w+", this run "\w+"; dataset'
+    with ends_in_error(capsys, message):
+        main.main(config)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.fault("another run's state")
+def test_another_version_of_torch_is_warned_of(tiny, straight, monkeypatch, capsys):
+    crash(tiny, monkeypatch, 6)
+    version = str(torch.__version__)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    train(tiny(), "stopped")
+    difference = f'torch: checkpoint "{version}", this run "9.9"'
+    message = f"differ in the last bits from that of an uninterrupted run ({difference}"
+    assert capsys.readouterr().err.count(message) == 1
+
+
+# ---- other lengths
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.fault("stop and go on")
+def test_a_longer_cosine_is_another_run_that_names_the_first(tiny, capsys):
+    main.main(tiny())
+    capsys.readouterr()
+    main.main(tiny("train.num_epochs=3"))
+    assert re.search(
+        r"note: \S+/last.pt differs from this run only in optimizer.cosine_steps: that run 8, this run 12(; "
+        r"optimizer.warmup_steps: that run 8, this run 12)?; to start from it, set runtime.resume=\S+/last.pt",
+        capsys.readouterr().out,
+    )
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.fault("stop and go on")
+def test_a_longer_run_resumes_where_the_learning_rate_allows(tiny, capsys):
+    longer = train(tiny(*CONSTANT, "train.num_epochs=3"), "longer")
+    train(tiny(*CONSTANT, "train.num_epochs=2"), "extended")
+    capsys.readouterr()
+    extended = train(tiny(*CONSTANT, "train.num_epochs=3"), "extended")
+    assert "from step 8" in capsys.readouterr().out
+    assert equal(extended["state"], longer["state"])
+    with ends_in_error(capsys, "12 steps, more than the 8 asked for"):
+        train(tiny(*CONSTANT, "train.num_epochs=2"), "extended")
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_stage_replaces_a_longer_run_and_publishes_its_artefacts(tiny, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "train")
+    monkeypatch.setattr(main, "parse_stage", parse)  # the values are not those of params.yaml
+    for num_epochs in (2, 1, 1):
+        main.main(tiny(*CONSTANT, f"train.num_epochs={num_epochs}"))
+        assert json.loads(Path("outputs/metrics.json").read_text())["steps"] == 4 * num_epochs
+        (folder,) = Path("runs").iterdir()
+        assert Path("outputs/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+        steps = {path.stem for path in Path("outputs/samples/ema").iterdir()}
+        assert steps == {str(4 * epoch) for epoch in range(1, num_epochs + 1)}
+        shutil.rmtree("outputs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", ["1e20", pytest.param("1e38", marks=pytest.mark.long)])
+@pytest.mark.fault("not finite")
+def test_an_absurd_learning_rate_ends_the_run_with_finite_checkpoints(tiny, capsys, lr):
+    options = f"optimizer.lr={lr}", "optimizer.warmup_steps=0", "train.max_skipped_in_row=3"
+    with ends_in_error(capsys, "not finite"):
+        train(tiny(*options, "optimizer=sgd", "optimizer.max_grad_norm=null", "train.checkpoint_every=1"), "bad")
+    assert not Path("bad/metrics.json").exists()
+    for path in Path("bad/checkpoints").iterdir():
+        load_checkpoint(path)  # rejects what is not finite
