@@ -1,8 +1,9 @@
-"""A run without files, for the tests of its loop: what it is asked to log, save and sample is recorded."""
+"""A run without files, for the tests of its loop: it records what it should log, save and sample."""
 
 import inspect
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.optim import SGD, Optimizer
@@ -13,15 +14,16 @@ from modeling.ema import Ema
 from modeling.run.bookkeeping import Bookkeeping, TrainState
 from modeling.run.loop import Training
 from modeling.run.step import Step
+from tests.helpers import random_images
 
-IMAGES = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = random_images(20, 3, 32, 32)
 
 
 class Recorder:
     """Stands for a `Run` and its tracker.
 
     Args:
-        make: called as `Step`.
+        make: the class of the steps.
         options: of `Step` and `Bookkeeping`.
     """
 
@@ -34,8 +36,8 @@ class Recorder:
         *,
         ema: Ema | None = None,
         state: TrainState | None = None,
-        make=Step,
-        **options,
+        make: type[Step] = Step,
+        **options: Any,
     ):
         self.lines, self.saved, self.sampled = [], [], []
         self.model, self.last_step, self.device = model, last_step, torch.device("cpu")
@@ -44,14 +46,15 @@ class Recorder:
         self.ema, self.state = ema or Ema(model.eps_model, 0.9), state or TrainState()
         self.config = SimpleNamespace(runtime=SimpleNamespace(num_workers=0))
         self._make, self._options = make, {"log_every": 2, "checkpoint_every": 3, "sample_every": 1} | options
-        self.training = Training(self, self)
+        stand_in: Any = self
+        self.training = Training(stand_in, stand_in)
 
-    def _given(self, function) -> dict:
-        names = inspect.signature(function).parameters
+    def _given(self, made: type) -> dict[str, Any]:
+        names = inspect.signature(made).parameters
         return {name: value for name, value in self._options.items() if name in names}
 
     def make_step(self) -> Step:
-        given = {"learning_rate": lambda step: 0.01} | self._given(Step)
+        given: dict[str, Any] = {"learning_rate": lambda step: 0.01} | self._given(Step)
         return self._make(self.model, self.ema, self.optimizer, self.state, self.batches.seed, **given)
 
     def make_books(self) -> Bookkeeping:
@@ -79,13 +82,13 @@ class Recorder:
         return self
 
 
-def run(model: DiffusionModel, last_step: int = 8, **options) -> Recorder:
+def run(model: DiffusionModel, last_step: int = 8, **options: Any) -> Recorder:
     """Trains the model as a run does."""
     return Recorder(model, last_step, **options).fit()
 
 
-def with_losses(losses: list[float]):
-    """Steps of which only the losses are wanted."""
+def with_losses(losses: list[float]) -> type[Step]:
+    """Steps that have these losses and change nothing."""
     values = iter(losses)
 
     class Given(Step):
@@ -98,8 +101,8 @@ def with_losses(losses: list[float]):
     return Given
 
 
-def spoiled(kind: str, bad_steps: set[int]):
-    """Steps whose loss, batch or a single number of whose gradient is spoiled in these calls (from 0)."""
+def spoiled(kind: str, bad_steps: set[int]) -> type[Step]:
+    """Steps of which some (calls, from 0) have a bad loss, a bad batch or one bad number in the gradient."""
     calls = iter(range(10_000))
 
     class Spoiled(Step):
@@ -112,7 +115,9 @@ def spoiled(kind: str, bad_steps: set[int]):
             loss = super().backward(images)
             what, value = kind.split()
             if what == "gradient":
-                next(self.model.parameters()).grad.flatten()[3] = float(value)
+                gradient = next(self.model.parameters()).grad
+                assert gradient is not None
+                gradient.flatten()[3] = float(value)
             return loss * float(value) if what == "loss" else loss
 
     def spoil_once(module, arguments):

@@ -31,14 +31,14 @@ def test_one_micro_batch_is_the_plain_step_to_the_bit():
 def test_the_gradient_is_clipped_to_its_norm():
     model = small_model()
     run(model, last_step=1, learning_rate=lambda step: 0.0, max_grad_norm=1e-3)
-    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
-    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    assert torch.cat(gradients).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("fault", ["loss nan", "loss inf", "gradient nan", "gradient inf", "batch"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 @pytest.mark.fault("not finite")
-def test_a_step_that_is_not_finite_changes_no_weight_and_no_average_and_is_counted(fault, max_grad_norm):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(fault, max_grad_norm):
     model = small_model()
     optimizer = Adam(model.parameters())
     seen = []
@@ -48,9 +48,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_average_and_is_count
             seen.append((weights(model), weights(self.ema.module), copy.deepcopy(optimizer.state_dict()["state"])))
             return super().backward(images)
 
-    recorder = Recorder(
-        model, 5, optimizer=optimizer, make=Watched, max_grad_norm=max_grad_norm, sample_every=9
-    ).fit()  # fmt: skip
+    recorder = run(model, 5, optimizer=optimizer, make=Watched, max_grad_norm=max_grad_norm, sample_every=9)
     assert torch.equal(seen[1][0], seen[3][0])
     assert torch.equal(seen[1][1], seen[3][1])
     assert equal(seen[1][2], seen[3][2])
@@ -95,9 +93,9 @@ def test_the_update_decided_on_the_device_is_the_same(name, bad_steps, compose_c
         for number in range(4):
             for index, parameter in enumerate(model.parameters()):
                 parameter.grad = torch.full_like(parameter, 0.01 * (number + index + 1))
+                if index == 0 and number in bad_steps:
+                    parameter.grad[0] = math.nan
             is_bad = torch.tensor(number in bad_steps, device=device)
-            if is_bad:
-                next(model.parameters()).grad[0] = math.nan
             if on_device:
                 step._update_on_device(is_bad)
             elif number not in bad_steps:
@@ -109,11 +107,12 @@ def test_the_update_decided_on_the_device_is_the_same(name, bad_steps, compose_c
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")  # of set_sync_debug_mode
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
-def test_on_cuda_no_step_between_log_lines_waits_for_the_device(precision, micro_batch_size):
+def test_no_step_between_log_lines_waits_for_the_cuda_device(precision, micro_batch_size):
     model = place(small_model(), torch.device("cuda"))
     batches, optimizer = Batches(IMAGES.cuda(), 4, seed=0), Adam(model.parameters(), fused=True)
     options = {"precision": precision, "micro_batch_size": micro_batch_size, "log_every": 100, "checkpoint_every": 100}
@@ -124,8 +123,8 @@ def test_on_cuda_no_step_between_log_lines_waits_for_the_device(precision, micro
 
     inputs = [batches[number] for number in range(5)]
     take(inputs[0])
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for images in inputs[1:]:
             take(images)
     finally:
