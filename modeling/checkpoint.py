@@ -187,6 +187,24 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return cast(Checkpoint, content)
 
 
+def load_tensors(path: str | Path, content: bytes | None = None) -> dict[str, Tensor]:
+    """The named tensors of another project's `torch.save`, on the CPU; executes nothing.
+
+    Args:
+        content: of the file at `path`, where it is read already.
+
+    Raises:
+        CheckpointError: for a file that is damaged or holds anything but named tensors.
+        OSError: for one that cannot be read.
+    """
+    with reading(path, "file of weights"):
+        file = path if content is None else io.BytesIO(content)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path} holds more than named tensors")
+    return {str(name): tensor.detach() for name, tensor in tensors.items()}
+
+
 def load_fitting(module: nn.Module | Optimizer, state: dict, path: str | Path) -> None:
     """`module.load_state_dict(state)`, converted to the memory layout of the module's weights.
 

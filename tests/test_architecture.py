@@ -81,7 +81,7 @@ def test_the_network_and_the_diffusion_process_do_not_know_each_other():
         ("pydantic", {"config", "options"}),
         ("wandb", {"wandb_tracker"}),
         ("safetensors", {"checkpoint", "pipeline"}),
-        ("torch_fidelity", {"features"}),
+        ("torch_fidelity", {"extractors", "distances"}),
         ("diffusers", set()),
         ("dvc", set()),
     ],

@@ -1,23 +1,26 @@
-"""Images further and further from the training images: features are of use if distances in them say so."""
+"""Images at growing distances from the training images: features are useful if distances in them grow, too."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from modeling.measures.features import Extractor, extract_features, frechet_distance
+from modeling.measures.distances import frechet_distance
+from modeling.measures.extractors import Extractor
+from modeling.measures.features import extract_features
 from modeling.seeding import Purpose, draw_bits, draw_normal
+from modeling.system.errors import UserError
 
 _NOISE_STD, _BLUR_PIXELS = 15.0, 1.0
 _NOISE_IMAGES = 1000  # at a time
 
 
 def control_images(train: Tensor, test: Tensor, num_images: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Training images, and others of which each kind is further from them than the one before.
+    """The training images, and control sets in order of increasing distance from them.
 
     Args:
         train, test: (N, 3, H, W) uint8.
-        num_images: of each kind; None: as many as there are, that is half of `train` or all of `test`.
+        num_images: of each kind; None: as many as possible, half of `train` or all of `test`.
 
     Returns:
         The first n training images; and, n of each kind: the second n training images ("train halves"), test images
@@ -26,7 +29,7 @@ def control_images(train: Tensor, test: Tensor, num_images: int | None = None) -
         and uniform noise ("uniform").
 
     Raises:
-        ValueError: for a num_images that there are not.
+        ValueError: if num_images is larger than what is available.
     """
     from torchvision.transforms.functional import gaussian_blur
 
@@ -51,18 +54,27 @@ def control_images(train: Tensor, test: Tensor, num_images: int | None = None) -
         "train halves": second,
         "train / test": test[:count],
         "noise": rounded(second + _NOISE_STD * noise),
-        "blur": gaussian_blur(second, kernel_size=2 * math.ceil(3 * _BLUR_PIXELS) + 1, sigma=_BLUR_PIXELS),
+        "blur": gaussian_blur(second, kernel_size=[2 * math.ceil(3 * _BLUR_PIXELS) + 1] * 2, sigma=[_BLUR_PIXELS] * 2),
         "Gaussian": rounded(drawn).unflatten(1, shape),
         "uniform": uniform,
     }
 
 
-def control_distances(extractor: Extractor, train: Tensor, test: Tensor, *, num_images: int | None = None) -> dict:
-    """Frechet distances that must rise from row to row, or the features are of no use; see `control_images`.
+def control_distances(
+    extractor: Extractor, train: Tensor, test: Tensor, *, num_images: int | None = None
+) -> dict[str, float]:
+    """Frechet distances of the control sets from the training images, in the order of `control_images`.
 
-    All are from the same training images and between equally many images: the distance depends on how many they are.
+    All sets have the same number of images, on which the distance depends.
     """
     reference, controls = control_images(train, test, num_images)
     reference = extract_features(extractor, reference, desc="reference").values
     features = {name: extract_features(extractor, images, desc=name).values for name, images in controls.items()}
     return {name: frechet_distance(values, reference) for name, values in features.items()}
+
+
+def check_rising(distances: dict[str, float]) -> None:
+    """Raises UserError unless each distance of `control_distances` is larger than the one before."""
+    values = list(distances.values())
+    if values != sorted(set(values)):
+        raise UserError("the distances do not rise from row to row: these features do not measure what they should")

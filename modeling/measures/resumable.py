@@ -22,6 +22,11 @@ def encode_identity(identity: dict) -> bytes:
     return (json.dumps(identity, indent=2, sort_keys=True) + "\n").encode()
 
 
+def as_stored(identity: dict) -> dict:
+    """An identity as it is read from its JSON file: lists for tuples, text for keys."""
+    return json.loads(encode_identity(identity))
+
+
 def draw_in_parts(
     folder: Path,
     identity: dict,
@@ -52,6 +57,8 @@ def draw_in_parts(
             if not (folder / IDENTITY).exists():
                 write_atomically(folder / IDENTITY, encode_identity(identity))
             found = json.loads((folder / IDENTITY).read_text())
+            if not isinstance(found, dict):
+                raise ValueError(f"{IDENTITY} is no identity")
             for path in sorted(folder.glob("*.npy")):
                 if int(path.stem) != start:
                     raise ValueError(f"part {start:09d}.npy is missing")
@@ -59,12 +66,12 @@ def draw_in_parts(
                 start += len(parts[-1])
         except (ValueError, EOFError) as error:
             raise UserError(f"{folder} is damaged ({error}): delete it, and its parts are made again") from error
-        if found != json.loads(encode_identity(identity)) and replace:
+        if found != as_stored(identity) and replace:
             for path in folder.glob("*.npy"):
                 path.unlink()
             write_atomically(folder / IDENTITY, encode_identity(identity))
             parts, start = [], 0
-        elif found != json.loads(encode_identity(identity)):
+        elif found != as_stored(identity):
             changed = ", ".join(key for key in identity | found if identity.get(key) != found.get(key))
             raise UserError(f"{folder} holds parts of something else ({changed} differ): delete it, or resume that")
         while start < num_images:
