@@ -15,6 +15,12 @@ class LinearDenoiser(nn.Module):
     Called as an eps model: x (B, ...) with D numbers an image, t = timestep / T (B,).
     """
 
+    mean: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor | None
+    abar: Tensor
+    one_minus_abar: Tensor
+
     def __init__(self, mean: Tensor, covariance: Tensor, alphas_cumprod: Tensor):
         super().__init__()
         if covariance.ndim == 0:
@@ -27,9 +33,8 @@ class LinearDenoiser(nn.Module):
             "eigenvalues": eigenvalues.clamp(min=0).to(mean),
             "eigenvectors": eigenvectors,
             "abar": alphas_cumprod.to(mean),
-            "one_minus_abar": (1 - alphas_cumprod.double()).to(
-                mean
-            ),  # 1e-4 at t = 1: not to be had from abar in float32
+            # 1e-4 at t = 1: too small to be computed from abar in float32
+            "one_minus_abar": (1 - alphas_cumprod.double()).to(mean),
         }.items():
             self.register_buffer(name, value)
 

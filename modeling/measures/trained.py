@@ -1,8 +1,10 @@
 """A trained model as the scripts use it: from a file and the options of `sample.py` or `evaluate.py` to images."""
 
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
@@ -20,7 +22,7 @@ from modeling.system.files import sha256_of
 from modeling.system.progress import progress_bar
 
 SIZE = (IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
-LINEAR = {"linear": False, "gaussian": True}  # names in the place of a checkpoint -> whether isotropic
+LINEAR = {"linear": False, "gaussian": True}  # names instead of a checkpoint -> whether isotropic
 LINEAR_BETAS, LINEAR_TIMESTEPS = (1e-4, 0.02), 1000  # the paper's process
 
 
@@ -44,8 +46,14 @@ class TrainedModel:
             raise ConfigError(f"num_steps must be at most {model.num_timesteps}, got {options.num_steps}")
         self.sampler = Sampler(options.sampler, self.num_steps, options.clip_x0, options.variance, options.eta)
         self.model = place(model, self.device)
-        self.batch_size = options.batch_size or (512 if self.device.type == "cuda" else 64)
+        default = 512 if self.device.type == "cuda" else 64
+        self.batch_size = default if options.batch_size is None else options.batch_size
         self.identity = identity | {"precision": self.precision}
+
+    @property
+    def environment(self) -> dict:
+        """What the last bits of a number depend on."""
+        return {"device": self.device.type, "threads": torch.get_num_threads(), "torch": version("torch")}
 
     @property
     def samples_identity(self) -> dict:
@@ -85,13 +93,13 @@ def load_trained(options: Sampling) -> tuple[TrainedModel, Config]:
     Raises:
         CheckpointError: for a file that is damaged or no checkpoint.
         FileNotFoundError: for a missing one.
-        ValueError: for weights that do not fit their configuration, or options that do not fit machine or model.
+        UserError: for weights that do not fit their configuration, or options that do not fit machine or model.
     """
     path = Path(options.checkpoint)
     digest = sha256_of(path) if path.is_file() else None
     stored, weights = load_weights(path, options.weights)
     if sha256_of(path) != digest:
-        raise ConfigError(f"checkpoint={path}: was replaced while it was read, by a run that is at work: try again")
+        raise ConfigError(f"checkpoint={path}: was replaced by a run while it was read: try again")
     config = parse(stored, Config)
     identity = {"checkpoint": path.name, "checkpoint_sha256": digest, "weights": options.weights}
     return TrainedModel(options, build.build_trained_model(config, weights), identity), config

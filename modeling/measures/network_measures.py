@@ -1,0 +1,104 @@
+"""Measures of what the network predicts on test images: the bound in bits per dimension and the held-out loss."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling.evaluation import BitsPerDim, measure_errors, summarise
+from modeling.heldout import denoising_loss
+from modeling.measures.evaluation_file import Record
+from modeling.measures.resumable import advancing, draw_in_parts
+from modeling.measures.subject import Subject
+from modeling.runtime import check_finite
+from modeling.system.progress import progress_bar
+
+_NUM_TERMS = 10  # of the rate, in a record
+
+
+class BitsMeasure:
+    """The bound with both variances, x_0 raw and clipped."""
+
+    def __init__(self, subject: Subject):
+        self.subject, trained, options = subject, subject.trained, subject.options
+        most = trained.model.num_timesteps - 1
+        self.columns = most if options.bits_timesteps is None else min(options.bits_timesteps, most)
+        self.images = subject.data.test[: options.bits_images]
+        self.identity = trained.identity | subject.data.identity
+        self.identity |= {
+            "split": "test",
+            "num_images": len(self.images),
+            "num_timesteps": most + 1,
+            "timesteps_per_image": self.columns,
+        }
+
+    def take(self) -> Record:
+        """Raises FloatingPointError for a network that predicts numbers which are not finite."""
+        trained, errors = self.subject.trained, self._measure_errors()
+        check_finite(errors, "the bound", trained.precision)
+        values = {
+            f"{variance}, {'clipped' if clip_x0 else 'raw'}": _plain(
+                summarise(trained.model, errors, variance, clip_x0=clip_x0)
+            )
+            for variance in ("large", "small")
+            for clip_x0 in (False, True)
+        }
+        return {"values": values, "identity": self.identity | trained.environment}
+
+    def _measure_errors(self) -> Tensor:
+        """Batch by batch, each kept: a stopped process leaves them for the next one."""
+        trained, images, num_evaluations = self.subject.trained, self.images, self.columns + 1
+        with progress_bar(total=len(images) * num_evaluations, desc="bits/dim", unit="evaluation") as bar:
+
+            def draw(start: int, count: int) -> Tensor:
+                return measure_errors(
+                    trained.model,
+                    images[start : start + count],
+                    first_image=start,
+                    timesteps_per_image=self.columns,
+                    batch_size=trained.batch_size,
+                    precision=trained.precision,
+                    bar=advancing(bar, start * num_evaluations, count),
+                )
+
+            return draw_in_parts(
+                self.subject.folder / "bits_per_dim.partial",
+                self.identity,
+                len(images),
+                trained.batch_size,
+                draw,
+                replace=self.subject.options.overwrite,
+            )
+
+
+def _plain(bound: BitsPerDim) -> dict[str, Any]:
+    """As plain values, the terms of the rate in at most ten parts."""
+    found = asdict(bound)
+    bounds, terms = found.pop("bounds").tolist(), found.pop("terms").tolist()
+    if math.isnan(bound.standard_error):
+        found["standard_error"] = None
+    found["rate_by_timestep"] = {
+        f"{bounds[part[0]]}-{bounds[part[-1] + 1] - 1}": sum(terms[i] for i in part)
+        for part in torch.arange(len(terms)).tensor_split(_NUM_TERMS)
+        if len(part)
+    }
+    return found
+
+
+class LossMeasure:
+    """The held-out loss (`modeling.heldout`)."""
+
+    def __init__(self, subject: Subject):
+        self.trained, self.images = subject.trained, subject.data.test[: subject.options.loss_images]
+        self.identity = self.trained.identity | subject.data.identity
+        self.identity |= {"split": "test", "num_images": len(self.images)}
+
+    def take(self) -> Record:
+        """Raises FloatingPointError for a loss that is not finite."""
+        trained = self.trained
+        total, bins = denoising_loss(
+            trained.model, self.images, trained.device, precision=trained.precision, desc="held-out loss"
+        )
+        return {"values": {"total": total, "bins": bins}, "identity": self.identity | trained.environment}

@@ -1,0 +1,76 @@
+"""Measures of samples: their distances from the training images in the features of a network."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from modeling.measures.distances import measure_distances
+from modeling.measures.evaluation_file import Record
+from modeling.measures.extractors import Extractor, load_inception, load_own_encoder
+from modeling.measures.features import Features, extract_features
+from modeling.measures.neighbours import memorisation_ratio, nearest_neighbours, save_neighbours
+from modeling.measures.subject import Subject
+
+_SHOWN, _NEIGHBOURS = 10, 5  # samples in the picture of neighbours, and neighbours of each
+
+
+class DistanceMeasure:
+    """Distances of the samples from the training images, in the features of an extractor.
+
+    Args:
+        batch_size: images that go through the extractor at a time.
+    """
+
+    def __init__(self, subject: Subject, extractor: Extractor, batch_size: int):
+        self.subject, self.extractor, self.batch_size = subject, extractor, batch_size
+        samples = subject.samples
+        self.identity = {"samples": samples.identity, "num_images": samples.num_images}
+        self.identity |= {"extractor_sha256": extractor.sha256} | subject.data.identity
+
+    def take(self) -> Record:
+        """The training images' features are kept for the next time.
+
+        Raises:
+            UserError: for too few images, or weights of the extractor that give features which are not finite.
+        """
+        samples, data = self.subject.samples.obtain(), self.subject.data
+        generated = self._extract(samples, "samples")
+        record = self._compare(samples, generated, self._extract(data.train, "train", data.cache))
+        identity = self.identity | record["identity"] | self.subject.trained.environment
+        return {"values": record["values"], "identity": identity}
+
+    def _compare(self, samples: Tensor, generated: Features, train: Features) -> Record:
+        return measure_distances(generated, train)
+
+    def _extract(self, images: Tensor, name: str, cache: Path | None = None) -> Features:
+        desc = f"features ({name})"
+        return extract_features(self.extractor, images, batch_size=self.batch_size, cache=cache, desc=desc)
+
+
+class InceptionMeasure(DistanceMeasure):
+    """FID and what comes with it."""
+
+    def __init__(self, subject: Subject):
+        extractor = load_inception(subject.options.inception_weights, subject.trained.device)
+        super().__init__(subject, extractor, batch_size=50)
+
+
+class EncoderMeasure(DistanceMeasure):
+    """Distances in the project's own features; and the nearest training images, in a picture and as a ratio."""
+
+    def __init__(self, subject: Subject):
+        extractor = load_own_encoder(subject.options.encoder, subject.trained.device)
+        super().__init__(subject, extractor, batch_size=250)
+
+    def _compare(self, samples: Tensor, generated: Features, train: Features) -> Record:
+        record, data = super()._compare(samples, generated, train), self.subject.data
+        test = self._extract(data.test, "test", data.cache)
+        nearest = nearest_neighbours(generated.values[:_SHOWN], train.values, _NEIGHBOURS)[1]
+        save_neighbours(samples[:_SHOWN], data.train, nearest, self.subject.folder / "neighbours.png")
+        count = min(len(samples), len(data.test))
+        record["identity"]["memorisation_num_images"] = count  # samples and test images
+        record["values"] |= {
+            "encoder/memorisation_ratio": memorisation_ratio(generated.values[:count], train.values, test.values),
+            "pixels/memorisation_ratio": memorisation_ratio(samples[:count], data.train, data.test),
+        }
+        return record

@@ -1,0 +1,112 @@
+"""What `evaluate.py` measures: a model, the prepared images that it is measured on, and the samples drawn from it."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from modeling.data import load_images
+from modeling.images import save_grid
+from modeling.measures.resumable import as_stored
+from modeling.measures.sample_files import read_samples, write_samples
+from modeling.measures.trained import LINEAR, TrainedModel, fit_linear, load_trained
+from modeling.options import EvaluateConfig
+from modeling.system.errors import UserError
+from modeling.system.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prepared images, (N, 3, H, W) uint8, the SHA-256 of their files, and where features of them are kept."""
+
+    train: Tensor
+    test: Tensor
+    identity: dict[str, str]
+    cache: Path
+
+
+def load_data(folder: Path) -> Data:
+    """What `prepare_data.py` wrote.
+
+    Raises:
+        UserError: when it is missing, or not what was written.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        train, test = (load_images(folder, split, manifest) for split in ("train", "test"))
+        digests = {f"{split}_sha256": manifest["files"][f"{split}.npy"]["sha256"] for split in ("train", "test")}
+        identity = {"data": manifest["dataset"]["name"], **digests}
+    except FileNotFoundError as error:
+        raise UserError(f"data={folder}: holds no prepared data: run prepare_data.py") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data={folder}: {error}") from error
+    return Data(train, test, identity, folder.parent / "features")
+
+
+class Samples:
+    """The samples that are measured: those of a file, or new ones, drawn when they are first needed.
+
+    Args:
+        trained: the model that draws new ones.
+        options: of `evaluate.py`.
+
+    Raises:
+        UserError: for a file that holds no samples.
+        OSError: for one that cannot be read.
+    """
+
+    def __init__(self, trained: TrainedModel, options: EvaluateConfig):
+        self.trained, self.path = trained, Path(options.out) / "samples.npz"
+        self.given, self.identity, self.num_images = None, trained.samples_identity, options.num_images
+        if options.samples is not None:
+            self.given, about = read_samples(Path(options.samples))
+            self.identity = about | {"sha256": sha256_of(Path(options.samples))}
+            self.num_images = len(self.given)
+
+    def obtain(self) -> Tensor:
+        """The file's samples; or those that the evaluation's folder holds; or new ones, which are written to it."""
+        if self.given is not None:
+            return self.given
+        if self.path.exists():
+            images, identity = read_samples(self.path)
+            if identity == as_stored(self.identity) and len(images) >= self.num_images:
+                return images[: self.num_images]
+        parts = self.path.with_name(f"{self.path.name}.partial")
+        images = self.trained.draw(parts)
+        write_samples(images, self.identity, self.path)
+        shutil.rmtree(parts)
+        save_grid(images[:64], self.path.with_name("samples.png"))
+        return images
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and how."""
+
+    trained: TrainedModel
+    data: Data
+    samples: Samples
+    options: EvaluateConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where numbers, samples and pictures are written."""
+        return Path(self.options.out)
+
+
+def load_subject(options: EvaluateConfig) -> Subject:
+    """The model, data and samples that the options name.
+
+    Raises:
+        UserError: for any that is missing, damaged, or does not fit the options.
+        OSError: for a file that cannot be read.
+    """
+    if options.checkpoint in LINEAR:
+        data = load_data(Path("data/cifar10" if options.data is None else options.data))
+        trained = fit_linear(options, data.train, data.identity["train_sha256"])
+    else:
+        trained, config = load_trained(options)
+        data = load_data(config.dataset.folder if options.data is None else Path(options.data))
+    return Subject(trained, data, Samples(trained, options), options)
