@@ -9,7 +9,7 @@ from modeling.config import Config, ConfigError, HiddenSize, Machine, PositiveFl
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Rejects an output that exists, unless it is to be replaced.
+    """Rejects an output that exists, unless it may be replaced.
 
     Raises:
         ConfigError: with the remedy.
@@ -50,6 +50,8 @@ class SampleConfig(Sampling):
 
     @model_validator(mode="after")
     def _fits_out(self) -> Self:
+        if not Path(self.out).name:
+            raise ValueError(f"out must name a file or a folder, got {self.out}")
         if self.picture != "grid" and not self.out.endswith(".png"):
             raise ValueError(f"picture={self.picture} needs out=*.png, got {self.out}")
         if self.picture != "grid" and self.num_images > 16:
@@ -66,9 +68,9 @@ class EvaluateConfig(Sampling):
     measures: Annotated[list[Literal["bits_per_dim", "heldout_loss", "encoder", "fid"]], Field(min_length=1)]
     samples: Text | None  # an .npz of sample.py or another project, measured instead of new samples
     data: Text | None  # the folder of prepared data; null: the one that the checkpoint was trained on
-    bits_images: PositiveInt  # bits_per_dim: of the test images (cut to what there is)
+    bits_images: PositiveInt  # bits_per_dim: of the test images, at most all of them
     bits_timesteps: PositiveInt | None  # bits_per_dim: drawn for each image; null: all T
-    loss_images: PositiveInt  # heldout_loss: of the test images (cut to what there is)
+    loss_images: PositiveInt  # heldout_loss: of the test images, at most all of them
     encoder: Text  # encoder: the file that train_encoder.py wrote
     inception_weights: Text | None  # fid: torch-fidelity's file; null: downloaded
 
@@ -81,7 +83,7 @@ class EncoderConfig(Machine):
     archive: Text  # CIFAR-10's; downloaded there when it is missing
     urls: list[Text]
     controls: bool  # prints the controls' distances instead of training
-    width: HiddenSize  # the features are 4 times as many
+    width: Annotated[HiddenSize, Field(le=256)]  # the features are 4 times as many
     num_epochs: PositiveInt
     batch_size: PositiveInt
     max_lr: PositiveFloat

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from modeling.images import save_grid
+from modeling.system.errors import UserError
 from modeling.system.progress import progress_bar
 
 _QUERIES, _REFERENCES = 1024, 4096  # of which distances are computed at a time: 160 MB for 32x32 images
@@ -16,8 +17,8 @@ def nearest_neighbours(
 ) -> tuple[Tensor, Tensor]:
     """The exactly nearest references of each query, by Euclidean distance.
 
-    In float64, where the products and sums of 8-bit pixels are exact; of features they are to 16 digits. Of equally
-    near references it may be any. Memory beyond the arguments does not grow with their number.
+    In float64, where the products and sums of 8-bit pixels are exact; those of features have 16 digits. Among equally
+    near references any may be returned. Memory beyond the arguments does not grow with their number.
 
     Args:
         queries: (N, ...) images (pixels 0..255 as they are) or features, any dtype.
@@ -55,7 +56,7 @@ def nearest_neighbours(
             found = torch.cat([found, best.indices + start], dim=1)
             kept = nearest.topk(min(k, nearest.shape[1]), largest=False).indices
             nearest, found = nearest.gather(1, kept), found.gather(1, kept)
-        # Anew from the differences: the sum above would leave a rest between equal rows.
+        # Again, from the differences: the sum above would leave a remainder between equal rows.
         exact = torch.stack([(part - references[column].double()).norm(dim=1) for column in found.T], dim=1)
         exact, order = exact.sort(dim=1)
         distances.append(exact)
@@ -75,7 +76,8 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor) -> floa
         held_out: (at least N, ...), of which the first N are taken.
 
     Raises:
-        ValueError: for fewer held-out images than samples, or ones of which half are training images.
+        ValueError: for fewer held-out images than samples.
+        UserError: for held-out images half of which are training images.
     """
     if len(held_out) < len(samples):
         raise ValueError(f"held_out must have at least as many images as samples ({len(samples)}), got {len(held_out)}")
@@ -85,7 +87,7 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor) -> floa
         for name, images in sets.items()
     ]
     if medians[1] == 0:
-        raise ValueError("held_out must not be training images: half of them are equal to one")
+        raise UserError("held_out must not be training images: half of them are equal to one")
     return medians[0] / medians[1]
 
 

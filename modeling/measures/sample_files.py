@@ -3,13 +3,13 @@
 import io
 import json
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.checkpoint import reading
 from modeling.images import encode_png, save_grid
 from modeling.measures.resumable import IDENTITY, encode_identity
 from modeling.system.errors import UserError
@@ -17,7 +17,7 @@ from modeling.system.files import write_atomically
 
 
 def write_samples(images: Tensor, identity: dict, out: Path) -> None:
-    """Writes images (N, 3, H, W) uint8 as what `out` is named: *.png, a grid; *.npz; else a folder of PNG files.
+    """Writes images (N, 3, H, W) uint8 as the kind that `out` names: *.png, a grid; *.npz; else a folder of PNG files.
 
     The .npz holds `arr_0`, (N, H, W, 3) as other projects' evaluation expects it, and `identity`, a JSON text.
     """
@@ -44,13 +44,14 @@ def read_samples(path: Path) -> tuple[Tensor, dict]:
 
     Raises:
         UserError: for a file that holds no such array.
+        OSError: for one that cannot be read.
     """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+    with reading(path, ".npz with an array arr_0"), path.open("rb") as file:
+        with np.load(file, allow_pickle=False) as archive:
             images = torch.from_numpy(archive["arr_0"])
             identity = json.loads(str(archive["identity"])) if "identity" in archive else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no .npz with an array arr_0, or damaged: {error}") from error
+        if not isinstance(identity, dict):
+            raise TypeError("its identity is no JSON object")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"{path}: expected uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
     return images.permute(0, 3, 1, 2).contiguous(), identity
