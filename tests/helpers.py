@@ -240,4 +240,4 @@ class Payload:
         self.canary = canary
 
     def __reduce__(self):
-        return (open, (str(self.canary), "w"))
+        return Path.touch, (Path(self.canary),)

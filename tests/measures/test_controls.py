@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from modeling.datasets.cifar10 import load_cifar10
-from modeling.measures.controls import control_distances, control_images
-from modeling.measures.encoder import Encoder, save_encoder
-from modeling.measures.features import extract_features, frechet_distance, load_own_encoder
+from modeling.measures.controls import check_rising, control_distances, control_images
+from modeling.measures.distances import frechet_distance
+from modeling.measures.extractors import load_own_encoder
+from modeling.measures.features import extract_features
+from modeling.system.errors import UserError
 from tests.helpers import ROOT, equal, random_images
 
 TRAINED = ROOT / "encoders" / "cifar10.safetensors"
@@ -28,7 +30,7 @@ def test_each_control_is_what_it_is_called():
     assert torch.equal(control_images(train, test, 7)[1]["uniform"], controls["uniform"][:7])
 
 
-def test_on_grey_images_blur_does_nothing_and_noise_has_its_standard_deviation():
+def test_noise_on_grey_images_has_its_standard_deviation_and_blur_none():
     grey = torch.full((1000, 3, 8, 8), 128, dtype=torch.uint8)
     controls = control_images(grey, grey, 500)[1]
     assert torch.equal(controls["blur"], grey[:500])
@@ -50,15 +52,14 @@ def test_the_gaussian_control_has_the_mean_and_covariance_of_the_images():
 
 
 @pytest.mark.parametrize("count", [0, 31, 41])
-def test_more_controls_than_there_are_images_are_refused(count):
+def test_more_controls_than_images_are_rejected(count):
     with pytest.raises(ValueError, match=f"num_images must be in 1..30 .*got {count}"):
         control_images(random_images(80, 3, 4, 4), random_images(30, 3, 4, 4), count)
 
 
 @pytest.mark.long
-def test_each_control_is_measured_against_the_same_training_images(tmp_path):
-    save_encoder(tmp_path / "encoder.safetensors", Encoder(8), {})
-    extractor = load_own_encoder(tmp_path / "encoder.safetensors")
+def test_each_control_is_measured_against_the_same_training_images(encoder_path):
+    extractor = load_own_encoder(encoder_path)
     train, test = random_images(54, 3, 32, 32, seed=1), random_images(30, 3, 32, 32, seed=2) // 2
     table = control_distances(extractor, train, test, num_images=20)
     reference, controls = control_images(train, test, 20)
@@ -68,11 +69,17 @@ def test_each_control_is_measured_against_the_same_training_images(tmp_path):
     assert table["uniform"] != table["Gaussian"]
 
 
+@pytest.mark.parametrize("distances", [[1.0, 3.0, 2.0], [1.0, 1.0, 2.0], [-1.0, 0.0, float("nan")]])
+def test_distances_that_do_not_rise_are_an_error(distances):
+    check_rising({"first": 0.0, "second": 0.1})
+    with pytest.raises(UserError, match="do not rise"):
+        check_rising(dict(zip("abc", distances, strict=True)))
+
+
 @pytest.mark.data
 @pytest.mark.long
-@pytest.mark.skipif(not TRAINED.is_file(), reason="there is no encoders/cifar10.safetensors: make encoder")
+@pytest.mark.skipif(not TRAINED.is_file(), reason="encoders/cifar10.safetensors is missing: make encoder")
 def test_in_the_encoders_features_the_controls_distances_rise(cifar10_archive):
     table = control_distances(load_own_encoder(TRAINED), *map(torch.from_numpy, load_cifar10(cifar10_archive, ())))
     assert list(table) == ["train halves", "train / test", "noise", "blur", "Gaussian", "uniform"]
-    distances = list(table.values())
-    assert distances == sorted(set(distances))
+    check_rising(table)

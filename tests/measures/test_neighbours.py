@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling import neighbours
 from modeling.images import make_grid
+from modeling.measures import neighbours
 from modeling.measures.neighbours import memorisation_ratio, nearest_neighbours, save_neighbours
 from tests.helpers import random_images
 
@@ -51,7 +51,7 @@ def test_held_out_images_have_ratio_one():
     assert memorisation_ratio(HELD_OUT[:20], TRAIN, HELD_OUT) == 1
 
 
-def test_the_ratio_is_that_of_the_medians():
+def test_the_memorisation_ratio_is_that_of_the_medians():
     samples, train, held_out = [1.0, 2.0, 103.0], [0.0, 100.0], [8.0, 96.0, -90.0]  # distances 1, 2, 3 and 8, 4, 90
     assert memorisation_ratio(*(torch.tensor(values)[:, None] for values in (samples, train, held_out))) == 0.25
 
@@ -69,7 +69,7 @@ def test_the_ratio_is_that_of_the_medians():
         (lambda: memorisation_ratio(SAMPLES, TRAIN, TRAIN), "must not be training images"),
     ],
 )
-def test_what_has_no_neighbours_is_refused(call, message):
+def test_rows_without_neighbours_are_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
