@@ -24,7 +24,7 @@ class Sampling(Machine):
     checkpoint: Text  # model.safetensors, or a full checkpoint (.pt)
     weights: Literal["ema", "raw"]  # raw: the plain weights, which only a full checkpoint holds
     num_images: PositiveInt
-    batch_size: PositiveInt | None  # images at a time, no result depends on it; null: 64, on CUDA 512
+    batch_size: PositiveInt | None  # images at a time; results depend on it by rounding only; null: 64, on CUDA 512
     sampler: Literal["ancestral", "ddim", "dpm_solver"]
     num_steps: PositiveInt | None  # network evaluations; null: every timestep
     variance: Literal["large", "small"] | None  # ancestral; null: small

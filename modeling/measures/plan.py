@@ -15,7 +15,7 @@ from modeling.system.files import locked, write_json
 class Measure(Protocol):
     """A measure of a subject, ready to be taken."""
 
-    identity: dict[str, Any]  # everything that its numbers depend on, as far as it is known before
+    identity: dict[str, Any]  # everything that its numbers depend on, up to rounding, as far as it is known before
 
     def take(self) -> Record: ...
 

@@ -38,6 +38,11 @@ def draw_in_parts(
 ) -> Tensor:
     """Computes numbered rows (images, for example) batch by batch, saves each batch and resumes after the saved ones.
 
+    A part is a batch. With the same batch_size and num_images, a process that resumes computes the batches that the
+    stopped one would have computed: the rows are those of an uninterrupted process to the bit, where the machine and
+    the number of threads are the same. With others the rows are the same up to rounding: a kernel may depend on the
+    size of the batch.
+
     Args:
         folder: of the parts; made if missing.
         identity: everything that the rows depend on, as plain values; written beside them.

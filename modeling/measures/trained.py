@@ -52,12 +52,12 @@ class TrainedModel:
 
     @property
     def environment(self) -> dict:
-        """What the last bits of a number depend on."""
+        """What the last bits of a number depend on, beside the size of the batches."""
         return {"device": self.device.type, "threads": torch.get_num_threads(), "torch": version("torch")}
 
     @property
     def samples_identity(self) -> dict:
-        """Everything that image i depends on beside i."""
+        """Everything that image i depends on beside i, up to rounding (the batches' size, threads, machine)."""
         values = {key: value for key, value in asdict(self.sampler).items() if value is not None}
         return self.identity | {"sampler": values.pop("name"), **values, "seed": self.options.seed}
 

@@ -1,0 +1,144 @@
+"""evaluate.py measures nothing twice, loses nothing, and rejects a wrong request before it measures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from modeling.checkpoint import load_weights
+from modeling.evaluation import measure_errors
+from modeling.measures import network_measures, trained
+from modeling.measures.sample_files import read_samples
+from modeling.samplers import sample_images
+from tests.helpers import ended_after, ends_in_error
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_same_command_measures_nothing_and_another_one_is_rejected(measure, capsys):
+    first = measure()
+    record = Path("evaluation/evaluation.json")
+    written = record.stat().st_mtime_ns
+    capsys.readouterr()
+    assert measure("batch_size=5") == first  # which is no part of what is measured
+    assert record.stat().st_mtime_ns == written
+    printed = capsys.readouterr().out
+    assert "bits_per_dim  large, raw" in printed
+    with ends_in_error(capsys, "holds heldout_loss of another model or with other options"):
+        measure("loss_images=10")
+    with ends_in_error(capsys, "holds bits_per_dim, heldout_loss, encoder of another model"):
+        measure("weights=raw")
+    second = measure("measures=[heldout_loss]", "loss_images=10", "overwrite=true")
+    assert second.pop("heldout_loss")["identity"]["num_images"] == 10
+    assert second == {name: first[name] for name in ("bits_per_dim", "encoder")}  # kept
+
+
+def test_files_that_changed_under_their_names_are_noticed(measure, capsys):
+    def samples(seed):
+        images = np.random.default_rng(seed).integers(0, 256, (15, 32, 32, 3), dtype=np.uint8)
+        np.savez("theirs.npz", arr_0=images)
+        return measure("measures=[encoder]", "samples=theirs.npz")
+
+    first = samples(0)
+    assert samples(0) == first
+    with ends_in_error(capsys, "holds encoder of another model"):
+        samples(1)
+
+
+class Ended(Exception):
+    """A process is killed."""
+
+
+def test_a_stopped_evaluation_resumes(measure, monkeypatch):
+    whole = measure("batch_size=3", "out=whole")
+    counts = {"errors": 0, "images": 0}
+
+    def counted(name, function):
+        def call(*args, **options):
+            counts[name] += 1
+            return function(*args, **options)
+
+        return call
+
+    for name, module, function in (
+        ("errors", network_measures, measure_errors),
+        ("images", trained, sample_images),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Ended):
+            patch.setattr(module, function.__name__, ended_after(function, 2, Ended))
+            measure("batch_size=3")
+        monkeypatch.setattr(module, function.__name__, counted(name, function))
+    resumed = measure("batch_size=3")
+    assert counts == {"errors": 1, "images": 2}  # of 3 and of 4 batches
+    assert resumed == whole  # of the same batches: to the bit
+    assert not list(Path("evaluation").glob("*.partial"))
+
+
+def test_the_batch_size_changes_numbers_by_rounding_only(measure):
+    """On some CPUs a kernel depends on the number of images that it is given."""
+    records, samples = [], []
+    for size in (3, 12):
+        records.append(measure(f"batch_size={size}", f"out=size{size}"))
+        samples.append(read_samples(Path(f"size{size}/samples.npz"))[0].int())
+        records[-1]["encoder"]["identity"].pop("images_sha256")  # of the samples, to the bit
+    for name, record in records[0].items():
+        assert record["identity"] == records[1][name]["identity"]
+    assert (samples[0] - samples[1]).abs().max() <= 1
+    totals = [record["bits_per_dim"]["values"]["large, raw"]["total"] for record in records]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    assert records[0]["heldout_loss"] == records[1]["heldout_loss"]  # its batches have a size of their own
+
+
+def test_parts_of_another_evaluation_are_deleted_with_overwrite_only(measure, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        patch.setattr(network_measures, "measure_errors", ended_after(measure_errors, 1, Ended))
+        measure("batch_size=3")
+    with ends_in_error(capsys, r"holds parts of something else \(num_images differ\)"):
+        measure("batch_size=3", "bits_images=7")
+    assert measure("batch_size=3", "bits_images=7", "overwrite=true")["bits_per_dim"]["identity"]["num_images"] == 7
+
+
+@pytest.mark.parametrize("content", ['{"bits', "[]", '{"encoder": 1}', '{"encoder": {"values": {}}}'])
+def test_a_damaged_record_is_named(measure, capsys, content):
+    Path("evaluation").mkdir()
+    Path("evaluation/evaluation.json").write_text(content)
+    with ends_in_error(capsys, r"evaluation/evaluation\.json is damaged"):
+        measure()
+
+
+@pytest.mark.parametrize("name", ["bits_per_dim", "heldout_loss", "encoder"])
+def test_weights_that_are_not_finite_end_a_measure_in_one_line(run, measure, capsys, name):
+    config, weights = load_weights(run / "model.safetensors")
+    weights = {key: torch.full_like(weight, torch.nan) for key, weight in weights.items()}
+    Path("broken.safetensors").write_bytes(save(weights, metadata={"config": json.dumps(config)}))
+    with ends_in_error(capsys, "is not finite in fp32"):
+        measure("checkpoint=broken.safetensors", f"measures=[{name}]")
+    assert not Path("evaluation/evaluation.json").exists()
+
+
+@pytest.mark.parametrize(("shape", "message"), [((12, 64, 64, 3), "takes images"), ((9, 32, 32, 3), "N at least 10")])
+def test_samples_that_cannot_be_measured_are_rejected(measure, capsys, shape, message):
+    np.savez("theirs.npz", arr_0=np.zeros(shape, dtype=np.uint8))
+    with ends_in_error(capsys, message):
+        measure("measures=[encoder]", "samples=theirs.npz")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["checkpoint=nowhere.pt"], "nowhere.pt: there is no such file"),
+        (["measures=[fid]", "inception_weights=nowhere.pth"], "inception_weights=nowhere.pth: there is no such file"),
+        (["measures=[encoder]", "encoder=nowhere.safetensors"], "nowhere.safetensors"),
+        (["data=nowhere"], "data=nowhere: holds no prepared data"),
+        (["measures=[encoder]", "samples=nowhere.npz"], r"nowhere\.npz"),
+        (["measures=[]"], "measures"),
+        (["num_steps=21"], "num_steps must be at most 20, got 21"),
+    ],
+)
+def test_wrong_requests_are_rejected_before_any_measure(measure, capsys, overrides, message):
+    with ends_in_error(capsys, message):
+        measure(*overrides)
+    assert not Path("evaluation/evaluation.json").exists()
