@@ -41,7 +41,8 @@ def main(values: DictConfig) -> None:
     with errors_in_one_line(), stopping_on_signals():
         options = parse(values, EncoderConfig)
         if options.controls:
-            return print_controls(options)
+            print_controls(options)
+            return
         check_out(Path(options.out), options.overwrite)
 
         from torch import from_numpy

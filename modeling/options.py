@@ -45,7 +45,7 @@ class SampleConfig(Sampling):
     """All of `conf/sample.yaml`."""
 
     out: Text  # *.png: one picture; *.npz: all images in an array; else a folder with a PNG for each image
-    # out=*.png: grid of the images; path: how each comes; interpolation: rows between images 2k and 2k + 1
+    # out=*.png: grid of the images; path: how each forms; interpolation: rows between images 2k and 2k + 1
     picture: Literal["grid", "path", "interpolation"]
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ def read_records(path: Path) -> dict[str, Record]:
 
 
 def is_of(record: Record, identity: dict[str, Any]) -> bool:
-    """Whether a record has this identity; it may say more."""
+    """Whether a record has this identity; it may hold more keys."""
     return as_stored(identity).items() <= record["identity"].items()
 
 

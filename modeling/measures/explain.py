@@ -1,4 +1,4 @@
-"""Two pictures that explain a model: how images come out of noise, and what is between two of them."""
+"""Two pictures that explain a model: how images form out of noise, and the images between two samples."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def denoising_path(
     num_columns: int = 10,
     bar: Bar = iter,
 ) -> Tensor:
-    """How images come out of noise, in columns evenly spaced over the steps, the result last.
+    """How images form out of noise, in columns evenly spaced over the steps, the result last.
 
     Arguments are those of `sample_images`.
 

@@ -42,7 +42,7 @@ def _download_inception(url: str) -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(_TIMEOUT_SECONDS)  # torch.hub has no parameter for it and would wait for ever
+        socket.setdefaulttimeout(_TIMEOUT_SECONDS)  # torch.hub has no parameter for it and would wait forever
         try:
             torch.hub.download_url_to_file(url, str(path), OFFICIAL_SHA256)
         except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last for another hash
@@ -50,7 +50,7 @@ def _download_inception(url: str) -> Path:
         finally:
             socket.setdefaulttimeout(timeout)
     if not sha256_of(path).startswith(OFFICIAL_SHA256):
-        raise WeightsError(f"{path} is not {url}, which it was taken for: delete it, or {remedy}")
+        raise WeightsError(f"{path} is not {url}, its SHA-256 differs: delete it, or {remedy}")
     return path
 
 

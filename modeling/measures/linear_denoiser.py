@@ -1,4 +1,4 @@
-"""The best linear prediction of the noise: no training, exact for Gaussian data, and a scale for what is trained."""
+"""The best linear prediction of the noise: no training, exact for Gaussian data, a yardstick for trained networks."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ class LinearDenoiser(nn.Module):
 
     Args:
         mean: (D,) or a scalar tensor, of the flattened images in [-1, 1].
-        covariance: (D, D); or a scalar tensor, the variance of each dimension by itself.
+        covariance: (D, D); or a scalar tensor, the variance of every dimension, all uncorrelated.
         alphas_cumprod: (T + 1,), index 0 is clean data.
 
     Called as an eps model: x (B, ...) with D numbers an image, t = timestep / T (B,).
@@ -56,7 +56,7 @@ def fit_linear_denoiser(images: Tensor, alphas_cumprod: Tensor, *, is_isotropic:
 
     Args:
         alphas_cumprod: (T + 1,) of the process.
-        is_isotropic: knows one mean and one variance of all pixels only: N(mean, variance I).
+        is_isotropic: fits one mean and one variance for all pixels, N(mean, variance I).
     """
     x = images.flatten(1)
     if is_isotropic:

@@ -196,5 +196,5 @@ def test_a_wrong_file_under_the_official_name_is_rejected(hub, monkeypatch):
     use_port(monkeypatch, 9)
     hub.mkdir(parents=True)
     (hub / "weights.pth").write_bytes(b"anything")
-    with pytest.raises(WeightsError, match="is not http.*which it was taken for: delete it"):
+    with pytest.raises(WeightsError, match="is not http.*its SHA-256 differs: delete it"):
         load_inception()

@@ -1,4 +1,4 @@
-"""Features of images: the network's own, computed once, and only of what they can be computed of."""
+"""Features of images: the network's own, computed once, and of valid images only."""
 
 from dataclasses import replace
 

@@ -23,7 +23,7 @@ def test_the_same_command_measures_nothing_and_another_one_is_rejected(measure, 
     record = Path("evaluation/evaluation.json")
     written = record.stat().st_mtime_ns
     capsys.readouterr()
-    assert measure("batch_size=5") == first  # which is no part of what is measured
+    assert measure("batch_size=5") == first  # the size is no part of an identity
     assert record.stat().st_mtime_ns == written
     printed = capsys.readouterr().out
     assert "bits_per_dim  large, raw" in printed
