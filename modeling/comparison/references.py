@@ -1,49 +1,90 @@
-"""References for `compare.py`: finished runs, each a JSON file with its curve, its losses and what they are of."""
+"""Finished runs that others are compared with: each is a JSON file with its curve and its losses at the end."""
 
 import json
 import math
 import re
+import shlex
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
-from modeling.comparison.bands import POINT, ComparisonError, Curve, RunRecord, comparable
+from modeling.comparison.curves import Curve, RunRecord, comparable
 from modeling.run.identity import describe_differences, differences
+from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
 
 NUM_POINTS = 100  # of a reference's curve, at most
-MIN_LINES = 30  # of metrics.jsonl, to know a scatter
-MUST_MATCH = ("dataset.name", "diffusion.")  # else the losses are of different things
-_HARDWARE = ("device", "threads", "precision", "torch")
-_COPIED = ("steps", "images", "seconds", "images_per_second", "parameters", "bins", "data_sha256", "code_sha256")
-KEYS = {"name", "command", "date", "config", "hardware", "losses", "curve", *_COPIED}
+MIN_LINES = 30  # of metrics.jsonl, below which the scatter is unknown
+MUST_MATCH = ("dataset.name", "diffusion.")  # else the losses measure different things
+
+Differences = dict[str, tuple[Any, Any]]  # dotted key -> (value in the reference, in the run)
+
+
+class Point(TypedDict):
+    """The mean training loss since the point before."""
+
+    step: float
+    images: float  # seen so far
+    count: float  # images whose losses were averaged
+    loss: float
+    standard_error: float
+
+
+class Hardware(TypedDict):
+    device: str
+    threads: int
+    precision: str
+    torch: str
+
+
+class Reference(TypedDict):
+    """A finished run; all but the first three keys come from its files."""
+
+    name: str
+    command: str  # that trains it
+    date: str  # when it was saved
+    steps: int
+    images: int
+    seconds: float
+    images_per_second: float
+    parameters: int
+    bins: dict[str, dict[str, float]]  # name of a loss at the end -> range of timesteps -> loss
+    data_sha256: str
+    code_sha256: str
+    hardware: Hardware
+    losses: dict[str, float]  # at the end
+    config: dict[str, Any]  # the part that shapes the curve
+    curve: list[Point]
 
 
 def image_scatter(curve: Curve) -> np.ndarray:
-    """(N,) standard deviation of one image's loss, at each of N >= 3 lines, from the scatter of the lines around there.
+    """The standard deviation of one image's loss at each of N >= 3 lines, (N,), from the scatter of the lines nearby.
 
-    A line's distance from the straight line through its neighbours knows no trend (Gasser et al. 1986, Biometrika 73).
-    Of 51 of them, as shares of the loss, the 0.8 quantile counts: the few lines where the loss falls steeply do not.
+    The distance of a line from the straight line through its neighbours does not depend on a linear trend (Gasser et
+    al. 1986, Biometrika 73). The 0.8 quantile of 51 such distances, as shares of the loss, leaves out the few lines
+    where the loss falls steeply.
     """
     centres, losses, variances = (curve.edges[1:] + curve.edges[:-1]) / 2, curve.losses, 1 / curve.counts
     share = (centres[2:] - centres[1:-1]) / (centres[2:] - centres[:-2])  # of the neighbour before
     distances = np.abs(share * losses[:-2] + (1 - share) * losses[2:] - losses[1:-1]) / losses[1:-1]
     distances /= np.sqrt(share**2 * variances[:-2] + (1 - share) ** 2 * variances[2:] + variances[1:-1])
     first = np.clip(np.arange(len(losses)) - 26, 0, max(0, len(distances) - 51))
-    return losses * [np.quantile(distances[start : start + 51], 0.8) / 1.2816 for start in first]  # normal: 1.2816
+    # 1.2816 is the 0.8 quantile of a standard normal variable's distance from 0.
+    return losses * [np.quantile(distances[start : start + 51], 0.8) / 1.2816 for start in first]
 
 
-def make_reference(run: RunRecord, name: str, command: str, date: str) -> dict:
+def make_reference(run: RunRecord, name: str, command: str, date: str) -> Reference:
     """A finished run as a reference.
 
     Raises:
-        ComparisonError: for an unfinished run, or one with too few lines or some in which no step counted.
+        UserError: for an unfinished run, or one with too few lines or with lines in which no step counted.
     """
     curve, metrics = run.curve, run.metrics
     if metrics is None:
-        raise ComparisonError(f"a reference needs a finished run; this one stands at step {run.step:,}")
+        raise UserError(f"a reference needs a finished run; this run is at step {run.step:,}")
     if len(curve.losses) < MIN_LINES or not curve.counts.all() or curve.edges[0]:
-        raise ComparisonError(
+        raise UserError(
             f"a reference needs at least {MIN_LINES} lines in metrics.jsonl, from step 1 on, each with a loss; "
             f"this run has {np.count_nonzero(curve.counts)} of {len(curve.losses)}, from image {curve.edges[0]:,.0f} on"
         )
@@ -53,31 +94,60 @@ def make_reference(run: RunRecord, name: str, command: str, date: str) -> dict:
     variances, _ = Curve(curve.edges, image_scatter(curve) ** 2, curve.counts).average(edges)
     table = np.stack([steps, ends, counts, losses, np.sqrt(variances / counts)], axis=1).tolist()
     try:
-        return {
-            "name": name,
-            "command": command,
-            "date": date,
-            **{key: metrics[key] for key in _COPIED},
-            "hardware": {key: metrics[key] for key in _HARDWARE},
-            "losses": {key: value for key, value in metrics.items() if key.startswith("eval/")},
-            "config": comparable(run.config),
-            "curve": [dict(zip(POINT, row, strict=True)) for row in table],
-        }
+        return Reference(
+            name=name,
+            command=command,
+            date=date,
+            steps=metrics["steps"],
+            images=metrics["images"],
+            seconds=metrics["seconds"],
+            images_per_second=metrics["images_per_second"],
+            parameters=metrics["parameters"],
+            bins=metrics["bins"],
+            data_sha256=metrics["data_sha256"],
+            code_sha256=metrics["code_sha256"],
+            hardware=Hardware(
+                device=metrics["device"],
+                threads=metrics["threads"],
+                precision=metrics["precision"],
+                torch=metrics["torch"],
+            ),
+            losses={key: value for key, value in metrics.items() if key.startswith("eval/")},
+            config=comparable(run.config),
+            curve=[
+                Point(step=step, images=end, count=count, loss=loss, standard_error=error)
+                for step, end, count, loss, error in table
+            ],
+        )
     except KeyError as error:
-        raise ComparisonError(f"metrics.json lacks {error}") from error
+        raise UserError(f"metrics.json lacks {error}") from error
 
 
-def save_reference(reference: dict, folder: Path) -> Path:
+def command_of(config: dict[str, Any], default: dict[str, Any]) -> str:
+    """The command that trains with this configuration on any machine: it names what differs from the default."""
+    default = comparable(default)
+    wanted = {  # what an older configuration does not know stays as it is
+        key: value | config[key] if isinstance(value, dict) else config[key] for key, value in default.items()
+    }
+    changed = differences(default, comparable(wanted))
+    values = {
+        key: new if isinstance(new, str) else json.dumps(new, separators=(",", ":"))
+        for key, (_, new) in changed.items()
+    }
+    return shlex.join(["python", "main.py", *(f"{key}={value}" for key, value in values.items())])
+
+
+def save_reference(reference: Reference, folder: Path) -> Path:
     """Writes `<folder>/<name>.json`, a line for each key and each point of the curve.
 
     Raises:
-        ComparisonError: for a name that is taken, or is none.
+        UserError: if the name is taken or cannot be a file's.
     """
     path = folder / f"{reference['name']}.json"
     if not re.fullmatch(r"\w[\w.-]*", reference["name"]):
-        raise ComparisonError(f"--save {reference['name']}: expected a name of letters, digits and . _ -")
+        raise UserError(f"--save {reference['name']}: expected a name of letters, digits and . _ -")
     if path.exists():
-        raise ComparisonError(f"--save {reference['name']}: {path} exists already; choose another name or delete it")
+        raise UserError(f"--save {reference['name']}: {path} exists already; choose another name or delete it")
     points = ",\n    ".join(json.dumps(point) for point in reference["curve"])
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in reference.items() if key != "curve"]
     lines.append(f'  "curve": [\n    {points}\n  ]')
@@ -85,47 +155,47 @@ def save_reference(reference: dict, folder: Path) -> Path:
     return path
 
 
-def load_references(folder: Path) -> dict[str, dict]:
+def load_references(folder: Path) -> dict[str, Reference]:
     """A folder's references by name.
 
     Raises:
-        ComparisonError: when one is damaged.
+        UserError: if one is damaged.
     """
     references = {}
     for path in sorted(folder.glob("*.json")):
         try:
             references[path.stem] = json.loads(path.read_text())
-            missing = ", ".join(sorted(KEYS - references[path.stem].keys()))
+            missing = ", ".join(sorted(Reference.__required_keys__ - references[path.stem].keys()))
         except (ValueError, AttributeError) as error:
-            raise ComparisonError(f"{path} is damaged: {error}") from error
+            raise UserError(f"{path} is damaged: {error}") from error
         if missing:
-            raise ComparisonError(f"{path} is no reference: it lacks {missing}")
+            raise UserError(f"{path} is no reference: it lacks {missing}")
     return references
 
 
-def choose_reference(references: dict[str, dict], config: dict, name: str | None = None) -> tuple[dict, dict]:
-    """The reference of this name, or else the one whose configuration differs in the fewest keys.
-
-    Returns:
-        It, and where it differs: dotted key -> (there, here).
+def choose_reference(
+    references: dict[str, Reference], config: dict[str, Any], name: str | None = None
+) -> tuple[Reference, Differences]:
+    """The reference of this name, else the one whose configuration differs from the run's in the fewest keys.
 
     Raises:
-        ComparisonError: where it is unknown, or its losses are of something else; or none or several are nearest.
+        UserError: if the name is unknown, the losses measure something else, or no single reference is nearest.
     """
     if name is not None and name not in references:
-        raise ComparisonError(f"--reference {name}: unknown, there are: {', '.join(references) or 'none'}")
-    found, refused = {}, {}
+        raise UserError(f"--reference {name}: unknown, available: {', '.join(references) or 'none'}")
+    found, rejected = {}, []
     for key in references if name is None else [name]:
-        changed = found[key] = differences(references[key]["config"], comparable(config))
-        # A key that is null or missing on one side says nothing: it may be younger than the reference.
-        other = [k for k, pair in changed.items() if k.startswith(MUST_MATCH) and None not in pair]
+        changed = differences(references[key]["config"], comparable(config))
+        # A key that is null or missing on one side says nothing: it may be newer than the reference.
+        other = {k: pair for k, pair in changed.items() if k.startswith(MUST_MATCH) and None not in pair}
         if other:
-            refused[key] = f"{key} ({describe_differences({k: changed[k] for k in other}, key)})"
-            del found[key]
+            rejected.append(f"{key} ({describe_differences(other, key)})")
+        else:
+            found[key] = changed
     if not found:
-        raise ComparisonError(f"no comparable reference: {'; '.join(refused.values()) or 'there is none at all'}")
+        raise UserError(f"no comparable reference: {'; '.join(rejected) or 'none is saved'}")
     fewest = min(map(len, found.values()))
     nearest = [key for key, changed in found.items() if len(changed) == fewest]
     if len(nearest) > 1:
-        raise ComparisonError(f"{', '.join(nearest)} differ in {fewest} keys each: choose one with --reference")
+        raise UserError(f"{', '.join(nearest)} differ in {fewest} keys each: choose one with --reference")
     return references[nearest[0]], found[nearest[0]]
