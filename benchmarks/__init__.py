@@ -1,1 +1,1 @@
-"""What `benchmark.py` compares, and the processes it runs in."""
+"""What `benchmark.py` compares, and the processes in which it runs."""

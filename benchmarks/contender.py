@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import build
-from modeling.config import parse
+from modeling.config import Config, parse
 from modeling.layers import GroupNorm, ReLU
 
 NUM_TIMESTEPS, BETAS = 1000, (1e-4, 0.02)
@@ -19,10 +19,10 @@ LOG_EVERY = 25
 
 @dataclass
 class Contender:
-    """Something that can be timed.
+    """What can be timed.
 
     Args:
-        run: does so many steps and returns when the device has done them.
+        run: does this many steps and returns when the device has finished them.
         images_per_step: images in a training batch, or images sampled at a time.
         flops_per_image: of one step, for one image.
     """
@@ -32,7 +32,7 @@ class Contender:
     flops_per_image: float
 
 
-def compose(overrides: list[str]):
+def compose(overrides: list[str]) -> Config:
     """The validated configuration that `main.py` would have with these overrides."""
     import hydra
 
@@ -40,15 +40,16 @@ def compose(overrides: list[str]):
         return parse(hydra.compose("config", overrides))
 
 
-def plain_network(config, fast_layers: Sequence[str] = ()) -> nn.Module:
-    """The configured network as a tutorial has it: with PyTorch's own layers in the place of ours, but for these."""
+def plain_network(config: Config, fast_layers: Sequence[str] = ()) -> nn.Module:
+    """The configured network as a tutorial has it: with PyTorch's own layers instead of ours, except for these."""
     torch.manual_seed(0)
     network = build.build_eps_model(config.model)
     for module in network.modules():
         name = type(module).__name__
         if isinstance(module, (GroupNorm, ReLU)) and name not in fast_layers:
-            module.__class__ = getattr(nn, name)
-            module.inplace = False
+            module.__class__ = getattr(nn, name)  # ours have the name of the class that they derive from
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
     return network
 
 

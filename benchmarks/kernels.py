@@ -1,4 +1,4 @@
-"""Single operations: our layers beside PyTorch's, and the machine's own limits."""
+"""Single operations: our layers, PyTorch's, and the machine's own limits."""
 
 from itertools import repeat
 
@@ -59,7 +59,7 @@ def peak_convolution(precision: str = "bf16", batch_size: int = 32) -> Contender
     """A 3x3 convolution of 256 to 256 channels at 16x16, channels last; an "image" is one of the batch."""
     device = resolve_device("auto")
     dtype = DTYPES[precision] or torch.float32
-    layer = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
+    layer = nn.Conv2d(256, 256, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     x = torch.randn(batch_size, 256, 16, 16, device=device, dtype=dtype).to(memory_format=torch.channels_last)
 
     @torch.no_grad()

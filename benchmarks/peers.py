@@ -1,5 +1,7 @@
 """Training steps of other packages from the package index."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,8 +10,10 @@ from benchmarks.contender import NUM_TIMESTEPS, Contender, network_flops
 from modeling.runtime import autocast, resolve_device
 
 
-def _peer_training(loss_of, network: nn.Module, x_0: Tensor, precision: str, optimizer) -> Contender:
-    """The training step that both packages' examples have; `loss_of(images)` is the package's own part."""
+def _peer_training(
+    loss_of: Callable[[Tensor], Tensor], network: nn.Module, x_0: Tensor, precision: str, optimizer: type
+) -> Contender:
+    """The training step of both packages' examples; `loss_of(images)` is the package's own part."""
     device = resolve_device("auto")
     flops = network_flops(network, with_gradient=True, time=500.0)
     network.to(device)
@@ -49,7 +53,9 @@ def diffusers_training(batch_size: int, precision: str = "fp32") -> Contender:
     def loss_of(x_0: Tensor) -> Tensor:
         noise = torch.randn_like(x_0)
         timesteps = torch.randint(0, NUM_TIMESTEPS, (len(x_0),), device=x_0.device)
-        eps = network(scheduler.add_noise(x_0, noise, timesteps), timesteps).sample
+        # Its annotation is narrower than the indices that it takes.
+        x_t = scheduler.add_noise(x_0, noise, timesteps)  # pyright: ignore[reportArgumentType]
+        eps = network(x_t, timesteps).sample
         return F.mse_loss(eps.float(), noise)
 
     return _peer_training(loss_of, network, torch.rand(batch_size, 3, 32, 32) * 2 - 1, precision, torch.optim.AdamW)
@@ -57,7 +63,8 @@ def diffusers_training(batch_size: int, precision: str = "fp32") -> Contender:
 
 def lucidrains_training(batch_size: int, precision: str = "fp32") -> Contender:
     """The training step of denoising-diffusion-pytorch, with the network of its README."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    # Not among the requirements: timed only where it is installed.
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # pyright: ignore[reportMissingImports]
 
     network = Unet(dim=64, dim_mults=(1, 2, 4, 8), flash_attn=False)
     diffusion = GaussianDiffusion(network, image_size=32, timesteps=NUM_TIMESTEPS).to(resolve_device("auto"))

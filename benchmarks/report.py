@@ -13,10 +13,10 @@ from modeling.runtime import available_cpus
 
 
 def table(rows: list[dict], over: str | None = "first") -> str:
-    """Rows as Markdown; shares are of the fastest of the machine's own limits among them, if there is one.
+    """Rows as Markdown; the share of the peak is of the fastest of the machine's own limits, if any is among the rows.
 
     Args:
-        over: what the ratio refers to: the first row, the previous one, or nothing.
+        over: the row that a ratio refers to, "first" or "previous"; None for no ratios.
     """
     peak = max((row["gflops"] for row in rows if row["case"]["name"].startswith("peak")), default=None)
     lines = ["| | images/s | lowest-highest | ratio | GFLOP/s | of the peak | peak memory |", "|---|" + "---:|" * 6]
@@ -35,7 +35,7 @@ def table(rows: list[dict], over: str | None = "first") -> str:
 
 
 def slope(rows: list[dict]) -> float:
-    """Of log(seconds a step) over log(size), by least squares; the labels are the sizes."""
+    """The slope of log(seconds a step) over log(size), by least squares; the labels are the sizes."""
     points = [
         (math.log(float(row["label"])), math.log(row["case"]["batch_size"] / row["images_per_second"])) for row in rows
     ]
@@ -44,7 +44,7 @@ def slope(rows: list[dict]) -> float:
 
 
 def to_markdown(found: dict[str, list[dict]], environment: dict) -> str:
-    """Every table, and the machine they were measured on."""
+    """Every table, and the machine on which they were measured."""
     parts = [" · ".join(f"{key} {value}" for key, value in environment.items())]
     for title, rows in found.items():
         if title == "Start":

@@ -33,7 +33,7 @@ def our_sampling(overrides: list[str], batch_size: int, *, has_fast_layers: bool
     """What `sample.py` does for each batch.
 
     Args:
-        has_fast_layers: else with PyTorch's own layers in the place of those of `modeling.layers`.
+        has_fast_layers: False: PyTorch's own layers instead of those of `modeling.layers`.
     """
     config = compose(overrides)
     device, precision = build.build_runtime(config.runtime)

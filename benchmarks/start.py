@@ -1,4 +1,4 @@
-"""How long a user waits from a command to what it says or does first; one thing at a time, so it needs no turns."""
+"""How long a command takes until its first output or step; nothing runs beside it, so it needs no turns."""
 
 import os
 import statistics
@@ -7,6 +7,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from modeling.system.errors import UserError
 
 
 def _forget_files(folder: Path) -> None:
@@ -26,7 +28,7 @@ def _seconds_to_first_step() -> float:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not ((metrics := run / "metrics.jsonl").exists() and metrics.stat().st_size):
             if process.poll() is not None:
-                raise SystemExit(f"{' '.join(command)}: ended with {process.returncode}")
+                raise UserError(f"{' '.join(command)}: ended with {process.returncode}")
             time.sleep(0.01)
         seconds = time.perf_counter() - start
         process.terminate()

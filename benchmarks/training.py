@@ -1,4 +1,4 @@
-"""Training steps: the loop of the tutorials and what can be done about it, and ours as `main.py` runs it."""
+"""Training steps: the loop of the tutorials, what makes it faster, and ours as `main.py` runs it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,7 +78,7 @@ def reference_training(
     is_fused: bool = False,
     is_compiled: bool = False,
 ) -> Contender:
-    """The training loop as every tutorial writes it; each switch is one of the things that can be done about it.
+    """The training loop as every tutorial writes it; each switch is one thing that makes it faster.
 
     Args:
         overrides: of the configuration, for the network.

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own that take turns."""
+"""Contenders that take turns, each in a process of its own."""
 
 import contextlib
 import json
@@ -6,29 +6,35 @@ import statistics
 import subprocess
 import sys
 
+from modeling.system.errors import UserError
+
 
 class Worker:
     """A contender's process."""
 
     def __init__(self, label: str, case: dict):
-        self.label, self.case, self.rates = label, case, []
+        self.label, self.case = label, case
+        self.rates: list[float] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self.process.stdin is not None  # both are pipes
+        assert self.process.stdout is not None
+        self.questions, self.answers = self.process.stdin, self.process.stdout
 
     def read(self) -> dict:
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         if not line:
-            raise SystemExit(f"{self.label}: ended with {self.process.wait()} (-9: out of memory)")
+            raise UserError(f"{self.label}: ended with {self.process.wait()} (-9: out of memory)")
         return json.loads(line)
 
     def ask(self, question: object) -> dict:
         with contextlib.suppress(BrokenPipeError):  # then there is nothing to read, either
-            self.process.stdin.write(f"{json.dumps(question)}\n")
-            self.process.stdin.flush()
+            self.questions.write(f"{json.dumps(question)}\n")
+            self.questions.flush()
         return self.read()
 
     def take_turn(self, seconds: float) -> None:
@@ -36,7 +42,7 @@ class Worker:
         self.rates.append(done["images"] / done["seconds"])
 
     def finish(self) -> int:
-        self.process.stdin.close()
+        self.questions.close()
         memory = self.read()["memory_bytes"]
         self.process.wait()
         return memory
@@ -47,7 +53,7 @@ def measure(title: str, cases: dict[str, dict], rounds: int, seconds: float) -> 
 
     Args:
         title: for the progress on standard error.
-        cases: label -> what `benchmarks.worker` is asked for.
+        cases: label -> the contender's name and arguments, for `benchmarks.worker`.
         rounds: turns that each takes.
         seconds: length of a turn; at least one step is done.
 
@@ -57,7 +63,7 @@ def measure(title: str, cases: dict[str, dict], rounds: int, seconds: float) -> 
     workers, flops = [], []
     try:
         workers += [Worker(label, case) for label, case in cases.items()]
-        for worker in workers:  # one after the other: the warm-up wants all cores
+        for worker in workers:  # one after the other: each needs all cores to warm up
             print(f"{title}: warming up {worker.label}", file=sys.stderr, flush=True)
             flops.append(worker.ask(worker.case)["flops_per_image"])
         for number in range(rounds):

@@ -1,20 +1,20 @@
-"""One contender in a process of its own, told by `benchmark.py` when to run and for how long.
+"""One contender in a process of its own; `benchmark.py` says when it runs and for how long.
 
 Lines of JSON on standard input: the contender and its arguments, then numbers of seconds to run for. On standard
-output: its FLOPs, when it is warm; for each number what was done; at the end the peak memory.
+output: its FLOPs, when it is warm; for each number the images and the seconds; at the end the peak memory.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable
 
 from benchmarks.kernels import group_norm, peak_convolution, peak_matmul, relu
 from benchmarks.peers import diffusers_training, lucidrains_training
 from benchmarks.sampling import our_sampling, reference_sampling
 from benchmarks.training import our_loading, our_training, reference_loading, reference_training
-from modeling.config import ConfigError
-from modeling.run.folder import RunError
 from modeling.runtime import peak_memory_bytes
+from modeling.system.errors import errors_in_one_line
 
 CONTENDERS = {
     "reference loading": reference_loading,
@@ -30,11 +30,11 @@ CONTENDERS = {
     "peak matmul": peak_matmul,
     "peak convolution": peak_convolution,
 }
-WARM_UP_SECONDS = 5  # whoever takes so long for a step has no more to gain
+WARM_UP_SECONDS = 5  # a contender whose step takes this long is not warmed up twice
 
 
-def timed(run, seconds: float) -> tuple[int, float]:
-    """Runs for about so long, at least one step; the steps done and the seconds they took."""
+def timed(run: Callable[[int], None], seconds: float) -> tuple[int, float]:
+    """Runs for about this long, at least one step: the number of steps and the seconds they took."""
     start = time.perf_counter()
     run(1)
     one = time.perf_counter() - start
@@ -46,10 +46,8 @@ def timed(run, seconds: float) -> tuple[int, float]:
 
 def main() -> None:
     arguments = json.loads(sys.stdin.readline())
-    try:
+    with errors_in_one_line():
         contender = CONTENDERS[arguments.pop("name")](**arguments)
-    except (ConfigError, RunError) as error:
-        sys.exit(str(error))
     if timed(contender.run, 0)[1] < WARM_UP_SECONDS:  # allocations, kernels chosen, compilation
         contender.run(1)
     print(json.dumps({"flops_per_image": contender.flops_per_image}), flush=True)

@@ -1,9 +1,8 @@
-"""The benchmark measures what it says: the same network, its true FLOPs, exact slopes."""
+"""The benchmark measures what it claims: the same network, its true FLOPs, exact slopes."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,17 +35,10 @@ def test_the_slope_of_a_power_law_is_its_exponent():
 @pytest.mark.parametrize(
     ("over", "ratios"), [("first", ["1.00", "2.00", "4.00"]), ("previous", ["1.00", "2.00", "2.00"])]
 )
-def test_ratios_refer_to_the_row_that_is_meant_and_shares_to_the_peak(over, ratios):
+def test_ratios_are_of_the_named_row_and_shares_of_the_peak(over, ratios):
+    row = {"label": "x", "lowest": 1, "highest": 2, "memory_bytes": 1e9}
     rows = [
-        {
-            "label": "x",
-            "case": {"name": name},
-            "images_per_second": rate,
-            "lowest": 1,
-            "highest": 2,
-            "gflops": rate,
-            "memory_bytes": 1e9,
-        }
+        row | {"case": {"name": name}, "images_per_second": rate, "gflops": rate}
         for name, rate in (("ours", 10), ("ours", 20), ("ours", 40), ("peak matmul", 80))
     ]
     cells = [line.split("|") for line in table(rows, over=over).splitlines()[2:]]
@@ -54,7 +46,7 @@ def test_ratios_refer_to_the_row_that_is_meant_and_shares_to_the_peak(over, rati
     assert [row[6].strip() for row in cells] == ["12 %", "25 %", "50 %", "100 %"]
 
 
-def test_the_flops_of_the_assignments_network_are_those_worked_out_by_hand():
+def test_the_assignments_network_has_the_flops_worked_out_by_hand():
     """0.34 GFLOP an image forward at width 32, three times that for a training step (less the gradient of x)."""
     network = plain_network(compose(["model=unet", "model.hidden_size=32"]))
     forward = network_flops(network, with_gradient=False)
@@ -88,11 +80,11 @@ def test_both_loops_train_the_same_network_and_advance(overrides, tmp_path):
 
 def test_our_batches_alone_are_those_of_a_run(overrides, monkeypatch):
     made = []
-    monkeypatch.setattr(training, "to_model_range", lambda batch: made.append(batch))
+    monkeypatch.setattr(training, "to_model_range", made.append)
     overrides = [*overrides, "runtime.device=cpu"]
     training.our_loading(overrides, 4).run(3)
     config = compose([*overrides, "train.batch_size=4"])
-    images = load_images(Path(config.dataset.root) / config.dataset.name, "train", read_manifest(config.dataset))
+    images = load_images(config.dataset.folder, "train", read_manifest(config.dataset))
     assert equal(made, [build_batches(config, images, torch.device("cpu"))[step] for step in range(3)])
 
 
@@ -135,8 +127,8 @@ def test_the_command_writes_tables_and_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["sampeling"], ["--rounds", "0"], ["--seconds", "-1"]])
-def test_wrong_arguments_are_refused_at_once(arguments, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+def test_wrong_arguments_are_rejected_at_once(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
         benchmark.main()
     assert "benchmark.py: error" in capsys.readouterr().err

@@ -1,0 +1,179 @@
+"""The sections of the benchmark; each yields its tables as (title, label of a contender -> what it is asked for)."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision import datasets
+
+from modeling.datasets.cifar10 import read_members
+from modeling.runtime import resolve_precision
+
+ARCHIVE = Path("downloads/cifar-10-python.tar.gz")
+FAST = "fp16" if torch.cuda.is_available() and resolve_precision("auto", torch.device("cuda")) == "fp32" else "bf16"
+PEAK = {f"the peak: a {FAST} matrix product": {"name": "peak matmul", "precision": FAST}}  # in turns with the rest
+NETWORKS = {  # what the tables call it -> overrides
+    "unet 32": ["model=unet", "model.hidden_size=32"],
+    "unet 64": ["model=unet", "model.hidden_size=64"],
+    "unet 128": ["model=unet", "model.hidden_size=128"],
+    "ddpm 32": ["model=ddpm"],
+    "ddpm 128": ["model=ddpm_paper"],
+}
+Cases = dict[str, dict[str, Any]]
+Tables = Iterator[tuple[str, Cases]]
+
+
+@contextlib.contextmanager
+def extracted_cifar10() -> Iterator[str]:
+    """A folder in which torchvision finds the data set: the archive's verified files."""
+    members = read_members(ARCHIVE)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / datasets.CIFAR10.base_folder
+        target.mkdir()
+        for name, content in members.items():
+            (target / name).write_bytes(content)
+        yield folder
+
+
+def peaks() -> Tables:
+    kinds = {"matrix product, 4096": "peak matmul", "convolution, 256 channels, 16x16": "peak convolution"}
+    yield (
+        "Peaks",
+        {
+            f"{precision} {what}": {"name": name, "precision": precision}
+            for what, name in kinds.items()
+            for precision in ("fp32", FAST)
+        },
+    )
+
+
+def loading() -> Tables:
+    """Batches without training: the most that the input pipeline can deliver."""
+    with extracted_cifar10() as cifar10:
+        reference = {"name": "reference loading", "batch_size": 128, "cifar10": cifar10}
+        cases = {
+            "the tutorials' loader": reference,
+            "the same, 2 loader workers": reference | {"num_workers": 2},
+            "ours": {"name": "our loading", "overrides": [], "batch_size": 128},
+        }
+        yield "Loading, batch 128", cases
+
+
+def _peers(batch_size: int) -> Cases:
+    """The packages that are installed."""
+    return {
+        f"{package}, {precision}": {"name": f"{name} training", "batch_size": batch_size, "precision": precision}
+        for package, name in (("diffusers", "diffusers"), ("denoising_diffusion_pytorch", "lucidrains"))
+        for precision in ("fp32", "bf16")
+        if find_spec(package)
+    }
+
+
+def training() -> Tables:
+    with extracted_cifar10() as cifar10, tempfile.TemporaryDirectory() as folder:
+        for network, overrides in NETWORKS.items():
+            for batch_size in (16, 128):
+                case = {"overrides": overrides, "batch_size": batch_size}
+                reference = case | {"name": "reference training", "cifar10": cifar10}
+                ours = case | {"name": "our training", "folder": folder}
+                cases = {"the tutorials' loop, fp32": reference}
+                if batch_size == 128:
+                    cases["the same, 2 loader workers"] = reference | {"num_workers": 2}
+                cases["ours"] = ours
+                if torch.cuda.is_available():
+                    cases["ours, torch.compile"] = ours | {"overrides": [*overrides, "runtime.compile=true"]}
+                    if FAST == "fp16":
+                        cases["ours, fp16"] = ours | {"overrides": [*overrides, "runtime.precision=fp16"]}
+                if network == "ddpm 128" and batch_size == 16:
+                    cases |= _peers(batch_size)
+                yield f"Training, {network}, batch {batch_size}", cases | PEAK
+
+
+def steps() -> Tables:
+    """From the tutorials' loop to ours, one change after the other."""
+    switches: Cases = {
+        "freed memory kept": {"has_kept_memory": True},
+        "bf16": {"precision": "bf16"},
+        "channels last": {"is_channels_last": True},
+        "GroupNorm on contiguous copies": {"fast_layers": ["GroupNorm"]},
+        "ReLU in place, on integers": {"fast_layers": ["GroupNorm", "ReLU"]},
+        "images in memory, batches at once": {"has_images_in_memory": True},
+        "fused Adam, loss read every 25 steps": {"is_fused": True},
+    }
+    with extracted_cifar10() as cifar10, tempfile.TemporaryDirectory() as folder:
+        for network, batch_size in (("unet 128", 32), ("unet 32", 128), ("ddpm 32", 64)):  # all fit in 16 GB
+            case = {"overrides": NETWORKS[network], "batch_size": batch_size}
+            reference = case | {"name": "reference training", "cifar10": cifar10}
+            cases = {"the tutorials' loop": reference}
+            for label, switch in switches.items():
+                reference = reference | switch
+                cases[f"+ {label}"] = reference
+            if network == "unet 128":  # each takes a minute to compile
+                cases["+ torch.compile"] = reference | {"is_compiled": True}
+            cases["ours"] = case | {"name": "our training", "folder": folder}
+            yield f"Step by step, {network}, batch {batch_size}", cases | PEAK
+
+
+def micro_batches() -> Tables:
+    """What is saved when only a part of the batch is in the network at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        for network in ("unet 128", "unet 32", "ddpm 32"):
+            case = {"name": "our training", "batch_size": 128, "folder": folder}
+            cases = {
+                str(size): case | {"overrides": [*NETWORKS[network], f"runtime.micro_batch_size={size}"]}
+                for size in (128, 64, 32, 16)
+            }
+            yield f"Micro-batches of a batch of 128, {network}", cases
+
+
+def layers() -> Tables:
+    """Where PyTorch's kernels for the CPU are slow: GroupNorm with channels last and few in a group, and ReLU."""
+    for channels, num_groups, pixels in ((32, 8, 32), (64, 16, 16), (128, 32, 16), (128, 8, 32)):
+        case = {"name": "group norm", "channels": channels, "num_groups": num_groups, "pixels": pixels}
+        cases = {
+            "PyTorch's, channels last": case | {"is_channels_last": True, "is_ours": False},
+            "PyTorch's, contiguous": case | {"is_channels_last": False, "is_ours": False},
+            "ours, channels last": case | {"is_channels_last": True, "is_ours": True},
+        }
+        yield f"GroupNorm of {channels} channels in {num_groups} groups at {pixels}x{pixels}, bf16", cases
+    case = {"name": "relu", "channels": 128, "pixels": 32}
+    cases = {"PyTorch's": case | {"is_ours": False}, "ours": case | {"is_ours": True}}
+    yield "ReLU of 128 channels at 32x32, bf16, forward", cases
+
+
+def sampling() -> Tables:
+    for network in ("unet 128", "ddpm 32", "ddpm 128"):
+        for batch_size in (8, 64):
+            case = {"overrides": NETWORKS[network], "batch_size": batch_size}
+            cases = {
+                "the tutorials' loop, fp32": case | {"name": "reference sampling"},
+                "ours, with PyTorch's layers": case | {"name": "our sampling", "has_fast_layers": False},
+                "ours": case | {"name": "our sampling"},
+            }
+            what = f"{network}, {batch_size} images at a time"
+            yield f"Sampling, {what} (evaluations of the network x images, a second)", cases | PEAK
+
+
+def scaling() -> Tables:
+    """How the time of a step grows with the batch, the width and the number of images."""
+    with tempfile.TemporaryDirectory() as folder:
+        case = {"name": "our training", "folder": folder}
+        cases = {str(size): case | {"overrides": NETWORKS["unet 64"], "batch_size": size} for size in (8, 32, 128)}
+        yield "Scaling of a training step with the batch, unet 64", cases
+        cases = {
+            str(size): case | {"overrides": ["model=unet", f"model.hidden_size={size}"], "batch_size": 32}
+            for size in (32, 64, 128)
+        }
+        yield "Scaling of a training step with the width, unet, batch 32", cases
+    case = {"name": "our sampling", "overrides": NETWORKS["ddpm 32"]}
+    cases = {str(size): case | {"batch_size": size} for size in (16, 64, 256)}
+    yield "Scaling of sampling with the number of images, ddpm 32", cases
+
+
+SECTIONS = {
+    section.__name__: section for section in (peaks, loading, training, steps, micro_batches, layers, sampling, scaling)
+}
