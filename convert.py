@@ -3,9 +3,9 @@
     python convert.py checkpoint=runs/<run of model=ddpm_paper>/model.safetensors out=exported
     python convert.py checkpoint=ddpm-cifar10-32 out=model.safetensors
 
-The first writes a folder for `diffusers.DDPMPipeline.from_pretrained("exported")`. The second takes such a folder, for
-example a downloaded copy of `google/ddpm-cifar10-32`; what it does not know of a run (data, optimizer, ...) is written
-into our file as in params.yaml, or as given: `config.dataset.name=shapes`.
+The first writes a folder for `diffusers.DDPMPipeline.from_pretrained("exported")`. The second reads such a folder, for
+example a downloaded copy of `google/ddpm-cifar10-32`. The folder does not know the data, the optimizer and the like:
+our file then has the values of params.yaml, or those given as `config.seed=1`.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ def main(values: DictConfig) -> None:
         if checkpoint.is_dir() and (out.suffix != ".safetensors" or out.is_dir()):
             raise ConfigError(f"out={out}: must name a file *.safetensors, because checkpoint={checkpoint} is a folder")
         if not checkpoint.is_dir() and out.is_file():
-            raise ConfigError(f"out={out}: must name a folder, because checkpoint={checkpoint} is a file")
+            raise ConfigError(f"out={out}: must name a folder, because checkpoint={checkpoint} is no folder")
 
         from modeling.interchange.pipeline import read_pipeline, write_pipeline
 

@@ -1,7 +1,8 @@
-"""Our `DdpmUnet` is the `UNet2DModel` of diffusers under other names. Nothing here needs diffusers."""
+"""Our `DdpmUnet` is a `UNet2DModel` of diffusers under other names. Nothing here needs diffusers."""
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from torch import Tensor
 from modeling.ddpm_unet import DdpmUnet, Level
 from modeling.system.errors import UserError
 
-# What makes a UNet2DModel ours: the value of each other key, and what diffusers takes where it is missing.
-_FIXED = {
+# The other keys of a UNet2DModel: the value that makes it ours, and the one that diffusers takes for a missing key.
+FIXED = {
     "act_fn": ("silu", "silu"),
     "add_attention": (True, True),
     "attention_head_dim": (None, 8),  # null: one head
@@ -33,7 +34,7 @@ _FIXED = {
     "upsample_type": ("conv", "conv"),
 }
 
-# Layers of a block that have another name there.
+# Layers of a block whose name differs: ours -> theirs.
 _LAYERS = {
     "time_projection": "time_emb_proj",
     "shortcut": "conv_shortcut",
@@ -43,10 +44,11 @@ _LAYERS = {
     "value": "to_v",
     "out": "to_out.0",
 }
-_BEFORE_0_13 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # as in published weights
+# Names that diffusers gave to the layers of attention before version 0.13, as in the published weights -> today's.
+_BEFORE_0_13 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _unet_config(
+def unet_config(
     in_channels: int,
     out_channels: int,
     hidden_size: int = 128,
@@ -56,11 +58,11 @@ def _unet_config(
     dropout: float = 0.0,
     *,
     image_size: int = 32,
-) -> dict:
+) -> dict[str, Any]:
     """The config of the UNet2DModel that is the `DdpmUnet` of these arguments.
 
     Raises:
-        UserError: where there is none.
+        UserError: if there is none, with the argument, its value and what was expected.
     """
     if hidden_size < 1 or hidden_size % 128:  # below, our GroupNorms have fewer than their 32 groups
         raise UserError(f"hidden_size must be a multiple of 128 for diffusers, got {hidden_size}")
@@ -79,15 +81,15 @@ def _unet_config(
         "down_block_types": [f"{prefix}DownBlock2D" for prefix in prefixes],
         "up_block_types": [f"{prefix}UpBlock2D" for prefix in reversed(prefixes)],
         "dropout": dropout,
-        **{key: value for key, (value, _) in _FIXED.items()},
+        **{key: value for key, (value, _) in FIXED.items()},
     }
 
 
-def _unet_arguments(config: Mapping) -> dict:
-    """The arguments of the `DdpmUnet` that is the UNet2DModel of this config: the inverse of `_unet_config`.
+def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the `DdpmUnet` that is the UNet2DModel of this config: the inverse of `unet_config`.
 
     Raises:
-        UserError: where there is none, with the key, the value and what was expected.
+        UserError: if there is none, with the key, its value and what was expected.
     """
 
     def integer(key: str, most: int) -> int:
@@ -106,7 +108,8 @@ def _unet_arguments(config: Mapping) -> dict:
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise UserError(f"dropout must be in [0, 1), got {dropout}")
     image_size = integer("sample_size", 1 << 16)
-    levels = zip(range(len(widths)), config.get("down_block_types") or (), strict=False)  # compared below
+    names = config.get("down_block_types")  # compared below, like their number
+    levels = zip(range(len(widths)), names if isinstance(names, list | tuple) else (), strict=False)
     arguments = {
         "in_channels": integer("in_channels", 1 << 16),
         "out_channels": integer("out_channels", 1 << 16),
@@ -117,9 +120,9 @@ def _unet_arguments(config: Mapping) -> dict:
         "dropout": float(dropout),
         "image_size": image_size,
     }
-    expected = _unet_config(**arguments)
+    expected = unet_config(**arguments)
     for key, value in expected.items():
-        found = config.get(key, _FIXED[key][1] if key in _FIXED else 0.0)
+        found = config.get(key, FIXED[key][1] if key in FIXED else 0.0)
         if (list(found) if isinstance(found, tuple) else found) != value:
             raise UserError(f"{key} must be {value!r}, got {found!r}")
     if unknown := sorted(key for key in config.keys() - expected.keys() if not key.startswith("_")):
@@ -127,8 +130,8 @@ def _unet_arguments(config: Mapping) -> dict:
     return arguments
 
 
-def _table(arguments: dict) -> dict[str, tuple[str, torch.Size, torch.Size]]:
-    """Of each weight of the `DdpmUnet` of these arguments: its name in diffusers, its shape here, its shape there."""
+def _table(arguments: dict[str, Any]) -> dict[str, tuple[str, torch.Size, torch.Size]]:
+    """For each weight of the `DdpmUnet` of these arguments: its name in diffusers, our shape and their shape."""
     with torch.device("meta"):
         model = DdpmUnet(**arguments)
     layers = {
@@ -144,9 +147,9 @@ def _table(arguments: dict) -> dict[str, tuple[str, torch.Size, torch.Size]]:
             for name, _ in level.get_submodule(part).named_children():
                 layers[f"{ours}.{part}.{name}"] = f"{theirs}.{its}.{number}.{_LAYERS.get(name, name)}"
 
-    for side, resampler in (("down", "downsamplers"), ("up", "upsamplers")):
+    for side, sequence, resampler in (("down", model.down, "downsamplers"), ("up", model.up, "upsamplers")):
         block, number = 0, 0
-        for index, layer in enumerate(model.get_submodule(side)):
+        for index, layer in enumerate(sequence):
             if isinstance(layer, Level):
                 add_level(layer, f"{side}.{index}", f"{side}_blocks.{block}", number)
                 number += 1
@@ -154,11 +157,12 @@ def _table(arguments: dict) -> dict[str, tuple[str, torch.Size, torch.Size]]:
                 layers[f"{side}.{index}.conv"] = f"{side}_blocks.{block}.{resampler}.0.conv"
                 block, number = block + 1, 0
     for number, level in enumerate(model.middle):
+        assert isinstance(level, Level)
         add_level(level, f"middle.{number}", "mid_block", number)
     table = {}
     for name, weight in model.state_dict().items():
         layer, _, parameter = name.rpartition(".")
-        # Attention's 1x1 convolutions are linear layers there.
+        # Attention's 1x1 convolutions are linear layers in diffusers.
         their_shape = weight.shape[:2] if ".attention." in name else weight.shape
         table[name] = f"{layers[layer]}.{parameter}", weight.shape, their_shape
     return table
@@ -172,7 +176,7 @@ def _check_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Siz
             raise UserError(f"the weights do not fit the configuration: {name} is {found}, expected {expected}")
 
 
-def to_diffusers(arguments: dict, weights: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+def to_diffusers(arguments: dict[str, Any], weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A `DdpmUnet` as a UNet2DModel: the same function and the same numbers.
 
     Args:
@@ -183,20 +187,22 @@ def to_diffusers(arguments: dict, weights: Mapping[str, Tensor]) -> tuple[dict, 
         The UNet2DModel's config and its state dict.
 
     Raises:
-        UserError: for a network that no UNet2DModel is, or weights of another.
+        UserError: if no UNet2DModel is this network, or the weights belong to another one.
     """
-    config, table = _unet_config(**arguments), _table(arguments)
+    config, table = unet_config(**arguments), _table(arguments)
     _check_weights(weights, {name: shape for name, (_, shape, _) in table.items()})
     return config, {theirs: weights[name].reshape(shape) for name, (theirs, _, shape) in table.items()}
 
 
-def from_diffusers(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+def from_diffusers(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The inverse of `to_diffusers`; attention may have the names that it had before diffusers 0.13.
 
     Raises:
-        UserError: for a UNet2DModel that no `DdpmUnet` is, or weights of another.
+        UserError: if no `DdpmUnet` is this UNet2DModel, or the weights belong to another one.
     """
-    arguments = _unet_arguments(config)
+    arguments = unet_arguments(config)
     table = _table(arguments)
     renamed = {}
     for name, weight in weights.items():

@@ -1,27 +1,30 @@
 """Our diffusion process is a `DDPMScheduler` of diffusers under other names.
 
-It counts timesteps 0..999 where we count 1..1000, so T must be 1000.
+Its timesteps are 0..999 and ours 1..1000, so T must be 1000.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from modeling.system.errors import UserError
 
-# Of a DDPMScheduler: the key for each of our names, and its values for ours.
-_PROCESS = {
+# Our name -> the key of a DDPMScheduler, and our value -> its value.
+_PROCESS: dict[str, tuple[str, dict]] = {
     "num_timesteps": ("num_train_timesteps", {1000: 1000}),
     "schedule": ("beta_schedule", {"linear": "linear", "cosine": "squaredcos_cap_v2"}),
     "prediction": ("prediction_type", {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}),
 }
 
 
-def scheduler_config(num_timesteps: int, schedule: str, betas: Sequence[float] | None, prediction: str) -> dict:
+def scheduler_config(
+    num_timesteps: int, schedule: str, betas: Sequence[float] | None, prediction: str
+) -> dict[str, Any]:
     """The config of the DDPMScheduler that is this diffusion process, sampled as by Ho et al.
 
     Args:
         num_timesteps: T, 1000.
         schedule: "linear" or "cosine".
-        betas: linear: (beta_1, beta_T).
+        betas: (beta_1, beta_T) if linear, else None.
         prediction: what the network predicts: "eps", "x_0" or "v".
 
     Raises:
@@ -40,18 +43,18 @@ def scheduler_config(num_timesteps: int, schedule: str, betas: Sequence[float] |
     return config
 
 
-def diffusion_arguments(config: Mapping) -> dict:
-    """num_timesteps, schedule, betas and prediction of a DDPMScheduler's config; how it samples is not asked.
+def diffusion_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """num_timesteps, schedule, betas and prediction of a DDPMScheduler's config, however it samples.
 
     Raises:
-        UserError: for a process that is none of ours, with the key, the value and what was expected.
+        UserError: if we do not have this process, with the key, its value and what was expected.
     """
     for key in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(key):
             raise UserError(f"{key} must not be set, got {config[key]!r}")
     arguments = {}
     for name, (key, known) in _PROCESS.items():
-        found = config.get(key, next(iter(known.values())))  # the first is what diffusers takes, too
+        found = config.get(key, next(iter(known.values())))  # the first is also diffusers' default
         if found not in known.values():
             raise UserError(f"{key} must be one of {list(known.values())}, got {found!r}")
         arguments[name] = next(ours for ours, theirs in known.items() if theirs == found)

@@ -1,0 +1,73 @@
+"""The diffusion process, to and from diffusers."""
+
+import pytest
+import torch
+
+from modeling.diffusion import PREDICTIONS, DiffusionModel
+from modeling.interchange.scheduler import diffusion_arguments, scheduler_config
+from modeling.schedules import cosine_betas, linear_betas, schedule_tables
+from modeling.system.errors import UserError
+from tests.helpers import Lambda
+
+PROCESSES = {"linear": ([2e-4, 0.03], linear_betas(2e-4, 0.03, 1000)), "cosine": (None, cosine_betas(1000))}
+
+
+@pytest.mark.parametrize("schedule", PROCESSES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_step_of_the_scheduler_is_ours_with_the_large_variance(diffusers, schedule, prediction):
+    betas, table = PROCESSES[schedule]
+    scheduler = diffusers.DDPMScheduler.from_config(scheduler_config(1000, schedule, betas, prediction))
+    torch.testing.assert_close(
+        scheduler.alphas_cumprod, schedule_tables(table)["alphas_cumprod"][1:].float(), atol=1e-6, rtol=1e-3
+    )
+    output = torch.randn(2, 3, 8, 8)
+    model = DiffusionModel(Lambda(lambda x, t: output), table, 1000, prediction=prediction)
+    x = torch.randn(2, 3, 8, 8)
+    for timestep in (1000, 600, 30, 1):
+        generator = torch.Generator().manual_seed(timestep)
+        expected = scheduler.step(output, timestep - 1, x, generator=generator).prev_sample
+        found = model.p_mean(x, timestep, clip_x0=True)
+        if timestep > 1:
+            z = torch.randn(x.shape, generator=generator.manual_seed(timestep))
+            found = found + model.p_variance(timestep, "large") ** 0.5 * z
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", PROCESSES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_process_comes_back(schedule, prediction):
+    process = {"num_timesteps": 1000, "schedule": schedule, "betas": PROCESSES[schedule][0], "prediction": prediction}
+    assert diffusion_arguments(scheduler_config(**process)) == process
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((200, "linear", [1e-4, 0.02], "eps"), r"num_timesteps must be one of \[1000\] for diffusers, got 200"),
+        (
+            (1000, "sigmoid", None, "eps"),
+            r"schedule must be one of \['linear', 'cosine'\] for diffusers, got 'sigmoid'",
+        ),
+        ((1000, "linear", [1e-4, 0.02], "score"), "prediction must be one of .* got 'score'"),
+        ((1000, "linear", None, "eps"), "betas must be two numbers with schedule=linear.*got None with linear"),
+        ((1000, "cosine", [1e-4, 0.02], "eps"), "betas must be .* else null, got .* with cosine"),
+    ],
+)
+def test_a_process_that_diffusers_does_not_have_is_rejected(values, message):
+    with pytest.raises(UserError, match=message):
+        scheduler_config(*values)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_train_timesteps": 4000}, r"num_train_timesteps must be one of \[1000\], got 4000"),
+        ({"beta_schedule": "scaled_linear"}, "beta_schedule must be one of .* got 'scaled_linear'"),
+        ({"prediction_type": "flow"}, "prediction_type must be one of .* got 'flow'"),
+        ({"trained_betas": [0.1]}, r"trained_betas must not be set, got \[0.1\]"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr must not be set, got True"),
+    ],
+)
+def test_a_scheduler_whose_process_we_do_not_have_is_rejected(config, message):
+    with pytest.raises(UserError, match=message):
+        diffusion_arguments(config)
