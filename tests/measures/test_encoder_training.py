@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_ends_the_training():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("width=12", "width=12: must be a multiple of 8"),
+        ("width=12", "width=12: input should be a multiple of 8"),
         ("width=264", "width=264: input should be less than or equal to 256"),
         ("urls=abc", "urls=abc: input should be a valid list"),
         ("max_lr=0", "max_lr=0: input should be greater than 0"),
