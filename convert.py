@@ -27,7 +27,7 @@ def main(values: DictConfig) -> None:
         if checkpoint.is_dir() and (out.suffix != ".safetensors" or out.is_dir()):
             raise ConfigError(f"out={out}: must name a file *.safetensors, because checkpoint={checkpoint} is a folder")
         if not checkpoint.is_dir() and out.is_file():
-            raise ConfigError(f"out={out}: must name a folder, because checkpoint={checkpoint} is no folder")
+            raise ConfigError(f"out={out}: must name a folder, because checkpoint={checkpoint} is not one")
 
         from modeling.interchange.pipeline import read_pipeline, write_pipeline
 
