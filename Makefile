@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train encoder test test-faults test-long bench check clean
+.PHONY: help demo train record encoder test test-faults test-long mutants bench check check-lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,10 @@ demo: .venv/installed ## draw shapes, train on them, write a grid of samples (ab
 train: .venv/installed ## CIFAR-10: the recorded pipeline (dvc repro), under 10 minutes on 2 cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 
+record: train ## after a change of what a stage computes: the recorded run again, and what to commit
+	@git status --short -- dvc.lock outputs
+	@echo "commit these files with the change; dvc.lock is true again"
+
 encoder: .venv/installed ## train the classifier whose features stand in for Inception's (about 5 minutes on 2 cores)
 	$(BIN)/python train_encoder.py overwrite=true
 	$(BIN)/python train_encoder.py controls=true
@@ -35,13 +39,23 @@ test-faults: .venv/installed ## faults: 100 kills, signals, full disks, hostile 
 test-long: .venv/installed ## tests that take minutes: speed, parity, every edit of the pipeline
 	$(BIN)/python -m pytest -m "long and not fault"
 
+mutants: .venv/installed ## bugs put in by hand, each of which must fail a test (long)
+	$(BIN)/python -m tests.mutants
+
 bench: .venv/installed ## speed against other loops and the machine's limit (about 40 minutes); writes benchmark.md
 	$(BIN)/python prepare_data.py
 	$(BIN)/python benchmark.py
 
-check: .venv/installed ## style
+check: .venv/installed ## style, types and spelling
 	$(BIN)/pip install -q -r requirements-dev.txt
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/codespell
+
+check-lock: .venv/installed ## dvc.lock is true: code and values are those of the recorded run (needs no data)
+	@if $(BIN)/dvc repro --allow-missing --dry 2>&1 | grep -q "^Data and pipelines are up to date"; \
+	then echo "dvc.lock is true"; \
+	else echo "dvc.lock is stale: run \`make record\` and commit what it lists" >&2; exit 1; fi
 
 clean: ## remove the virtual environment and caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache .coverage

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from modeling.config import Config, parse, to_yaml
 from modeling.run.identity import code_files
-from tests.helpers import ROOT, TINY, changed, leaves
+from tests.helpers import ROOT, TINY, changed, clean_environment, leaves
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = DVC_YAML["stages"]
@@ -24,15 +24,12 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def clean_environment() -> dict[str, str]:
-    """As on a user's machine: bytecode is written, and no outer DVC or key is seen."""
-    hidden = ("DVC_", "WANDB_", "PYTHONDONTWRITEBYTECODE", "COV_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    return environment | {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+BIN = Path(sys.executable).parent
 
 
 def command(*words: str, cwd: Path) -> str:
-    done = subprocess.run(words, cwd=cwd, env=clean_environment(), capture_output=True, text=True, timeout=280)
+    environment = clean_environment(PATH=f"{BIN}:{os.environ['PATH']}")
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{words}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -185,8 +182,20 @@ def test_importing_the_package_changes_nothing(repository):
     assert "Data and pipelines are up to date" in command("dvc", "repro", cwd=repository)
 
 
+@pytest.mark.slow
+def test_the_check_of_the_lock_passes_exactly_if_nothing_would_run(repository):
+    words = ("make", "-s", "-o", ".venv/installed", f"BIN={BIN}", "check-lock")
+    assert command(*words, cwd=repository) == "dvc.lock is true\n"
+    params = repository / "params.yaml"
+    text = params.read_text()
+    params.write_text(text.replace("random_flip: true", "random_flip: false"))
+    with pytest.raises(AssertionError, match="dvc.lock is stale: run `make record`"):
+        command(*words, cwd=repository)
+    params.write_text(text)
+
+
 def recorded(repository: Path) -> dict:
-    """The parameters that the lock records for the last training, and those that it trained with."""
+    """The parameters that the lock records for the last training, and those that were trained with."""
     lock = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]["train"]["params"]["params.yaml"]
     trained = yaml.safe_load((repository / "outputs" / "config.yaml").read_text())
     return {"lr": (lock["optimizer"]["lr"], trained["optimizer"]["lr"]), "lock": lock, "trained": trained}
