@@ -27,7 +27,7 @@ def main(values: DictConfig) -> None:
         config = parse_stage(values)
         manifest = read_manifest(config.dataset)
         with stopping_on_signals(config.runtime.max_seconds):
-            # Not above: torch takes seconds to import, and a wrong configuration should not have to wait for it.
+            # Imported late, because torch takes seconds, and a wrong configuration should not wait for it.
             from modeling.run.session import publish, train
 
             is_stage = "DVC_STAGE" in os.environ

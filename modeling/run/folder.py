@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, the lock that keeps a second process out, its checkpoints and which of them is valid."""
+"""A run's folder: which run owns it, the lock that keeps other processes out, and its newest valid checkpoint."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
 
 from modeling.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from modeling.run.identity import Identity, describe_differences, differences, run_name
@@ -14,11 +15,16 @@ from modeling.system.errors import UserError
 from modeling.system.files import LockedError, locked, remove_partial_files, write_json
 
 _LOCK, _MARKER = "lock", "run.json"
-_HARMLESS = {
-    "code",
-    "optimizer.cosine_steps",
-    "optimizer.warmup_steps",
-}  # with these changed, `runtime.resume=PATH` still resumes
+# `runtime.resume=PATH` still resumes when these have changed.
+_HARMLESS = {"code", "optimizer.cosine_steps", "optimizer.warmup_steps"}
+
+
+class _Marker(TypedDict):
+    """The content of run.json."""
+
+    run: str  # the name
+    identity: Identity
+    wandb_id: str
 
 
 class RunError(UserError):
@@ -53,27 +59,27 @@ class RunFolder:
         return self.path / "metrics.json"
 
     def num_finished_steps(self) -> int | None:
-        """The length of the run that was finished here, None if none was."""
+        """The length of the finished run in this folder; None if there is none."""
         return json.loads(self.metrics_path.read_text())["steps"] if self.metrics_path.exists() else None
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Makes the folder this run's own, and this process the only one at work in it.
+        """Makes this run the owner of the folder, and this process the only one that works in it.
 
         Raises:
-            RunError: where it holds another run or any other files, or another process is at work; nothing is changed.
+            RunError: if the folder holds another run or other files, or another process works in it; nothing changes.
         """
         self._check_owner()
         try:
             with locked(self.path / _LOCK):
-                self._check_owner()  # once more: another process may have come first
+                self._check_owner()  # again: another process may have claimed it meanwhile
                 remove_partial_files(self.path)
                 self._mark()
                 yield
         except LockedError as error:
             raise RunError(f"{self.path}: {error}; wait for it, or set runtime.output_dir to another folder") from None
 
-    def _read_marker(self) -> dict | None:
+    def _read_marker(self) -> _Marker | None:
         path = self.path / _MARKER
         try:
             return json.loads(path.read_text())
@@ -99,18 +105,17 @@ class RunFolder:
         found = self._read_marker()
         self.wandb_id = found["wandb_id"] if found else secrets.token_hex(8)
         if found is None:
-            marker = {"run": self.name, "identity": self.identity, "wandb_id": self.wandb_id}
-            write_json(self.path / _MARKER, marker)
+            write_json(self.path / _MARKER, _Marker(run=self.name, identity=self.identity, wandb_id=self.wandb_id))
 
     def clear(self) -> None:
-        """Removes all that the run has left, but stays its owner."""
+        """Removes all files of the run; it still owns the folder."""
         for entry in self.path.iterdir():
             if entry.name not in (_LOCK, _MARKER):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self._last_step = self.parent = None
 
     def similar_run(self) -> str | None:
-        """A hint that names a sibling run that differs from this one only in code or length; None without one."""
+        """A hint that names a run beside this one which differs only in code or length; None if there is none."""
         found = []
         for marker in self.path.parent.glob(f"*/{_MARKER}"):
             with contextlib.suppress(OSError, ValueError, KeyError):
@@ -133,10 +138,10 @@ class RunFolder:
         return last + sorted(older, key=lambda path: int(path.stem), reverse=True)
 
     def load_newest(self) -> dict | None:
-        """The newest valid checkpoint of this run, with one warning if it is not the last; None if there never was one.
+        """The newest valid checkpoint of this run, with one warning if it is not the last; None without checkpoints.
 
         Raises:
-            RunError: when there are checkpoints and none is valid.
+            RunError: if there are checkpoints and none is valid.
         """
         problems = []
         for path in self._checkpoints():
@@ -160,22 +165,19 @@ class RunFolder:
         return None
 
     def save(self, *, about: dict, state, **content) -> None:
-        """Writes last.pt as `save_checkpoint` does, keeping the ones before it; nothing if it has this step already.
+        """Writes last.pt as `save_checkpoint` does and keeps the ones before it; does nothing if last.pt has this step.
 
         Args:
-            about: what identifies the state, beside the run itself.
+            about: what identifies the state, in addition to the run itself.
         """
         if self._last_step == state.step:
             return
         about = {
-            "run": self.name,
-            "identity": self.identity,
-            "parent": self.parent,
-            "wandb_id": self.wandb_id,
-            "step": state.step,
-        } | about
+            "run": self.name, "identity": self.identity, "parent": self.parent, "wandb_id": self.wandb_id,
+            "step": state.step, **about,
+        }  # fmt: skip
         last, keep_as = self.last_checkpoint, None
-        if self._last_step is not None:  # else there is none, or it is damaged
+        if self._last_step is not None:  # else last.pt is missing or damaged
             keep_as = last.with_name(f"{self._last_step}.pt")
         save_checkpoint(last, about=about, state=state, keep_as=keep_as, **content)
         self._last_step = state.step
@@ -189,5 +191,5 @@ def describe_state(checkpoint: dict) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a process that was killed before it could mark the folder may have left this."""
+    """Whether a process killed before it had marked the folder may have left this file."""
     return name == _LOCK or name.endswith(".partial")

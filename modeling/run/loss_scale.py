@@ -11,12 +11,12 @@ class LossScale:
     """The factor of the loss: halved after a step that overflows, doubled after 2,000 in a row that do not.
 
     Scaling: Micikevicius et al. 2018 (arXiv 1710.03740, section 3.2); the numbers are those of `torch.amp.GradScaler`,
-    which would also decide on its own which steps count. Powers of two, so that scaling rounds nothing.
+    which would also decide by itself which steps count. All scales are powers of two, so scaling rounds nothing.
 
     Args:
-        scale: to begin with.
+        scale: the present one.
         num_finite: steps in a row that were finite at this scale.
-        device: of the training; everything is decided there, without a CPU-GPU sync.
+        device: that of the training, which decides everything without a CPU-GPU sync.
     """
 
     def __init__(self, scale: float, num_finite: int, device: torch.device | str):
@@ -24,11 +24,11 @@ class LossScale:
         self.num_finite = torch.tensor(num_finite, device=device)
 
     def unscale(self, gradients: list[Tensor]) -> None:
-        """Gradients of the scaled loss, in place, to those of the loss."""
+        """Divides the gradients of the scaled loss by the scale, in place."""
         torch._foreach_mul_(gradients, 1 / self.scale)
 
     def update(self, is_skipped: Tensor) -> None:
-        """After each step; is_skipped is a scalar bool, True where loss or gradient was not finite."""
+        """To be called after each step; is_skipped is a scalar bool, True if loss or gradient was not finite."""
         num_finite = self.num_finite + 1
         is_due = ~is_skipped & (num_finite == GROWTH_INTERVAL)
         self.scale = self.scale * torch.where(is_skipped, 0.5, torch.where(is_due, 2.0, 1.0))

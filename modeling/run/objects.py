@@ -1,4 +1,4 @@
-"""The objects of a run, and what happens to them between training steps: loading, saving, sampling, measuring."""
+"""The objects of a run, and what is done with them outside training steps: loading, saving, sampling, measuring."""
 
 import math
 import platform
@@ -37,7 +37,7 @@ class Run:
         device, precision: as `build_runtime` found them.
 
     Raises:
-        UserError: for data that is not what was prepared, or fewer images than a batch takes.
+        UserError: if the data is not what was prepared, or has fewer images than a batch.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Run:
         )
 
     @property
-    def environment(self) -> dict:
-        """What the result's last bits depend on, beside the identity."""
+    def environment(self) -> dict[str, str | int]:
+        """What the last bits of the result depend on, in addition to the identity."""
         return {
             "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
@@ -94,17 +94,15 @@ class Run:
         }
 
     def load(self, origin: dict | None) -> None:
-        """Loads the folder's newest valid checkpoint, or else the one to start from.
+        """Loads the folder's newest valid checkpoint, or else `origin`, if there is one.
 
         Args:
             origin: the checkpoint named by `runtime.resume`, if one is.
 
         Raises:
-            RunError: when none of the folder's checkpoints is valid, or one does not fit.
+            RunError: if none of the folder's checkpoints is valid, or one does not fit.
         """
-        content = self.folder.load_newest()
-        if content is None:
-            content = origin
+        content = self.folder.load_newest() or origin
         if content is None:
             return
         self.folder.parent = describe_state(content)
@@ -123,7 +121,7 @@ class Run:
             )
 
     def make_step(self) -> Step:
-        """The run's training step, from its present state on."""
+        """The training step, which continues from the present state."""
         return Step(
             self.model,
             self.ema,
@@ -137,7 +135,7 @@ class Run:
         )
 
     def make_books(self) -> Bookkeeping:
-        """The run's bookkeeping, from its present state on."""
+        """The bookkeeping, which continues from the present state."""
         train = self.config.train
         return Bookkeeping(
             self.state,
@@ -164,6 +162,7 @@ class Run:
 
     def sample(self, tracker: Tracker) -> None:
         """Grids from raw and averaged weights, with the same noise every time."""
+        _, channels, height, width = self.images["train"].shape
         sampler = Sampler(num_steps=min(self.config.train.sample_steps, self.model.num_timesteps))
         for kind, model in (("raw", self.model), ("ema", self.ema_model)):
             grid = generate_samples(
@@ -171,7 +170,7 @@ class Run:
                 self.device,
                 self.folder.path / "samples" / kind / f"{self.state.step}.png",
                 num_samples=self.config.train.num_samples,
-                size=tuple(self.images["train"].shape[1:]),
+                size=(channels, height, width),
                 sampler=partial(
                     sample_images,
                     sampler=sampler,
@@ -183,7 +182,7 @@ class Run:
             tracker.image(self.state.step, f"samples/{kind}", grid)
 
     def measure(self, tracker: Tracker) -> None:
-        """Measures the trained model; writes metrics.json and the tables that DVC plots."""
+        """Measures the trained model, and writes metrics.json and the tables that DVC plots."""
         losses, bins = {}, {}
         for split, label in (("train", "train"), ("test", "heldout")):
             images = self.images[split][: self.config.train.num_eval_images]

@@ -1,6 +1,7 @@
-"""What a run records: `metrics.jsonl`, always and completely; Weights & Biases beside it, if it works."""
+"""What a run records: `metrics.jsonl`, always and completely, and beside it Weights & Biases, if that works."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -28,12 +29,12 @@ class JsonLines:
         self._last = rows[-1] if rows else None
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Appends a line, or adds to the last one if that is of the same step."""
         if self._last and self._last["step"] == step:
-            self._write([*self.rows()[:-1], self._last | metrics])
+            self._write([*self.rows()[:-1], {**self._last, **metrics}])
             return
-        self._last = {"step": step} | metrics
+        self._last = {"step": step, **metrics}
         with self.path.open("a") as file:
             file.write(json.dumps(self._last) + "\n")
 
@@ -43,7 +44,7 @@ class JsonLines:
 
 
 def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
-    """Those columns of the rows that have them all, as CSV: DVC's plots cannot read JSON lines."""
+    """Writes these columns of the rows that have all of them, for DVC's plots, which cannot read JSON lines."""
     lines = [",".join(columns)]
     lines += [",".join(str(row[column]) for column in columns) for row in rows if set(columns) <= set(row)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
@@ -55,14 +56,14 @@ class Tracker:
     def __init__(self, lines: JsonLines, wandb: WandbTracker | None):
         self.lines, self.wandb = lines, wandb
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Records the metrics at this step."""
         self.lines.log(step, metrics)
         if self.wandb:
             self.wandb.log(step, metrics)
 
     def image(self, step: int, name: str, grid: Tensor) -> None:
-        """Records a grid, (3, H, W) uint8, at this step; its PNG is written by whoever made it."""
+        """Records a grid, (3, H, W) uint8, at this step; its PNG is already written."""
         if self.wandb:
             self.wandb.image(step, name, grid)
 
@@ -77,7 +78,7 @@ class Tracker:
             sync(self.lines.path)
 
     def finish(self, is_complete: bool = True) -> None:
-        """Ends the records, those of a run that has come to its end or of one that has not."""
+        """Ends the records; `is_complete` says whether the run has reached its end."""
         if self.wandb:
             self.wandb.finish(is_complete)
 

@@ -1,4 +1,4 @@
-"""One process's work on a run: identifies it, claims its folder, resumes it and ends with its last file.
+"""What one process does for a run: it identifies the run, claims its folder, resumes it and writes its files.
 
 The folder holds config.yaml, metrics.jsonl, metrics.json, samples/, checkpoints/ (the full state), and
 model.safetensors (averaged weights). metrics.json is written last: a run is finished exactly if it exists.
@@ -50,17 +50,14 @@ def _identify(config: Config, num_steps: int, data_sha256: str) -> tuple[Identit
     except (CheckpointError, OSError, KeyError) as error:
         raise RunError(f"runtime.resume={resume}: {error}") from error
     changed = differences(origin_identity, identity)
-    rejected = {
-        key: pair
-        for key, pair in changed.items()
-        if any(key == name or key.startswith(f"{name}.") for name in MUST_MATCH)
-    }
+    must_match = tuple(f"{name}." for name in MUST_MATCH)
+    rejected = {key: pair for key, pair in changed.items() if f"{key}.".startswith(must_match)}
     if rejected:
         raise RunError(
             f"runtime.resume={resume}: this checkpoint belongs to another run and cannot be resumed "
             f"({describe_differences(rejected, 'checkpoint')})"
         )
-    if changed:  # else it is this very run, and its result that of one uninterrupted run
+    if changed:  # otherwise it is this run itself, with the result of an uninterrupted one
         identity = identify(config, num_steps, data_sha256, code, origin=origin_name)
         print(f"starting from {resume} ({origin_name}) with {describe_differences(changed, 'checkpoint')}")
     return identity, origin
@@ -72,7 +69,7 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
     Args:
         config: the validated configuration.
         manifest: of the prepared data.
-        replace: where the folder's run is longer than the one asked for, starts from scratch instead of rejecting it.
+        replace: whether a longer run in the folder is replaced instead of rejected.
 
     Returns:
         The run's folder.
@@ -80,7 +77,7 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
     Raises:
         UserError: when the run cannot be started, before any compute.
         FloatingPointError: for too many steps in a row whose loss or gradient is not finite.
-        OSError: for a disk that refuses, naming the file; the last checkpoint stays as it was.
+        OSError: when the disk fails, naming the file; the last checkpoint is untouched.
         Stopped: when the process is asked to end; the state is saved.
     """
     machine = build.build_runtime(config.runtime)
@@ -115,7 +112,7 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
 
 
 def _carry_out(run: Run) -> None:
-    """Everything from the run's present state to its last file."""
+    """Trains, samples and measures, from the run's present state to its last file."""
     config, folder = run.config, run.folder.path
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
     tracker = build_tracker(config, folder, run.state.step, run.folder.wandb_id)
@@ -143,7 +140,7 @@ def _carry_out(run: Run) -> None:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Copies a finished run's artefacts to `target`, each replaces its predecessor."""
+    """Copies a finished run's artefacts to `target`, replacing the ones there."""
     target.mkdir(parents=True, exist_ok=True)
     for name in ARTEFACTS:
         if (folder / name).is_dir():

@@ -5,34 +5,34 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-# The longest that Weights & Biases may delay a run at its start and at its end. It is to give up by itself after the
-# first share of that, and is ended from outside after the second.
+# Upper bounds on how long W&B may delay the start and the end of a run. W&B's own timeout is OWN_SHARE of each; after
+# WAIT_SHARE its process is killed.
 START_SECONDS, FINISH_SECONDS = 15, 10
 OWN_SHARE, WAIT_SHARE = 0.7, 0.9
-MAX_CALLS = 1000  # that may wait for it
+MAX_CALLS = 1000  # that may wait for W&B
 
 
 class WandbTracker:
-    """Weights & Biases in a thread of its own, so that it can neither delay nor end a run.
+    """Weights & Biases in a thread of its own, so that it cannot hold up or end a run.
 
-    When it is missing, slow or dies, that is said once and the run goes on with its local files. What W&B has not
-    uploaded by then stays in `<folder>/wandb`, and the message says how to upload it.
+    When W&B is missing, slow or dies, one message says so and the run continues with its local files. What was not
+    uploaded by then stays in `<folder>/wandb`; the message names the command that uploads it.
 
-    A resumed run adds a folder of the same id there. `wandb sync <folder>/wandb` uploads them all, the oldest first, as
-    one run (`--include-online` for those that began online). Rows that a resumed run repeats are ignored by W&B online,
-    and get the next free W&B steps when offline folders are merged; charts are drawn over the logged `step`, so they
-    are right all the same.
+    A resumed run adds a folder with the same id. `wandb sync <folder>/wandb` uploads all of them as one run, the oldest
+    first (`--include-online` for those that began online). A resumed run repeats some rows: W&B ignores them online,
+    and gives them its next free steps when it merges offline folders. Charts are drawn over the logged `step`, so they
+    are right in both cases.
 
     Args:
         mode: "offline" (a folder that `wandb sync` uploads) or "online".
         project: the project's name.
         name: the run's name.
-        folder: the run's folder; everything of W&B lies in `<folder>/wandb`.
+        folder: the run's folder; all files of W&B are in `<folder>/wandb`.
         config: the resolved configuration, nested as in params.yaml.
         run_id: W&B's id of the run, the same whenever the run is resumed; None draws one.
     """
@@ -40,13 +40,13 @@ class WandbTracker:
     def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict, run_id: str | None = None):
         self._options = {"mode": mode, "project": project, "name": name, "dir": str(folder), "config": config}
         if run_id:
-            self._options |= {"id": run_id, "resume": "allow"}  # offline, too: `wandb sync` heeds what was set here
+            self._options |= {"id": run_id, "resume": "allow"}  # also offline: `wandb sync` reads it
         files = folder / "wandb"
         files.mkdir(parents=True, exist_ok=True)
-        os.environ["WANDB_MODE"] = mode  # else one set there would confuse the login
-        os.environ["WANDB_SILENT"] = "true"  # as a setting of the run it would not cover the login
+        os.environ["WANDB_MODE"] = mode  # else a value set by the user would confuse the login
+        os.environ["WANDB_SILENT"] = "true"  # a setting of the run would not cover the login
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # else even an offline run looks up a server
-        for kind in ("DATA", "CACHE", "ARTIFACT"):  # else artifacts wait under the home folder
+        for kind in ("DATA", "CACHE", "ARTIFACT"):  # else artifacts are staged under the home folder
             os.environ[f"WANDB_{kind}_DIR"] = str(files.resolve())
         self._calls: queue.Queue[Callable | None] = queue.Queue(MAX_CALLS)
         self._is_alive = True
@@ -54,14 +54,14 @@ class WandbTracker:
         self._kept, self._exit_code = "", 0
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
-        # Waits, although the thread could start on its own: it changes the environment, and a getenv from torch at the
-        # same moment would crash the process (glibc's setenv is not thread-safe).
+        # The thread changes the environment while it starts. We wait, because a getenv from torch at the same moment
+        # would crash the process (glibc's setenv is not thread-safe).
         if not self._has_started.wait(WAIT_SHARE * START_SECONDS):
             self._end(f"it did not start within {START_SECONDS} s", START_SECONDS)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Logs the metrics at this step."""
-        self._put(lambda run: run.log({"step": step} | metrics, step=step))
+        self._put(lambda run: run.log({"step": step, **metrics}, step=step))
 
     def image(self, step: int, name: str, grid: Tensor) -> None:
         """Logs a grid, (3, H, W) uint8, at this step."""
@@ -86,10 +86,10 @@ class WandbTracker:
         self._put(call)
 
     def finish(self, is_complete: bool = True) -> None:
-        """Waits for what was logged, at most 10 s; then nothing of W&B is left that could delay the exit.
+        """Waits at most 10 s until W&B has what was logged; nothing of W&B can delay the exit afterwards.
 
         Args:
-            is_complete: whether the run has come to its end; else W&B shows it as failed until it goes on.
+            is_complete: whether the run has reached its end; if not, W&B shows it as failed until it is resumed.
         """
         self._exit_code = 0 if is_complete else 1
         self._put(None)
@@ -106,9 +106,9 @@ class WandbTracker:
                 self._end(f"{MAX_CALLS} calls wait for it", FINISH_SECONDS)
 
     def _end(self, reason: str, seconds: float) -> None:
-        """Gives up from outside the thread: without W&B's own process, neither thread nor exit hook waits any more.
+        """Gives up from outside the thread: kills W&B's own process, for which thread and exit hook would wait.
 
-        This can cost W&B's file what was logged in the last 15 s, which is how often it is written.
+        W&B writes its file every 15 s, so the file can lack what was logged since.
         """
         import psutil
 
@@ -125,18 +125,18 @@ class WandbTracker:
             print(f"Weights & Biases: {reason}; the local files are complete without it{self._kept}", file=sys.stderr)
 
     def _work(self) -> None:
-        hooks = sys.exit, sys.excepthook  # W&B replaces them, and would keep its own after its end
+        hooks = sys.exit, sys.excepthook  # W&B replaces them and does not restore them
         try:
             run = self._start()
             self._has_started.set()
             while self._is_alive and (call := self._calls.get()) is not None:
                 call(run)
             run.finish(exit_code=self._exit_code)
-            # Waits for W&B's own process, which run.finish() only tells to write the end of its file.
+            # Waits for W&B's own process: run.finish() only asks it to write the end of its file.
             sys.modules["wandb"].teardown()
-        except BaseException as error:  # of whatever kind, also the SystemExit of teardown(): it must not end training
+        except BaseException as error:  # no error may end training, not even the SystemExit of teardown()
             self._give_up((str(error) or type(error).__name__).splitlines()[0].rstrip("."))
-            with contextlib.suppress(BaseException):  # else its exit hook fails once more, with a traceback
+            with contextlib.suppress(BaseException):  # else its exit hook fails again, with a traceback
                 sys.modules["wandb"].teardown()
         finally:
             sys.exit, sys.excepthook = hooks

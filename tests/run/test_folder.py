@@ -106,7 +106,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.fault("damaged checkpoint")
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before_with_one_warning(tmp_path, capsys, kind):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_warning(tmp_path, capsys, kind):
     run = RunFolder(tmp_path, IDENTITY)
     save(run, 3, 8)
     DAMAGES[kind](tmp_path / "checkpoints" / "last.pt")
@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_with_one_warning(tmp
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "missing"])
 @pytest.mark.fault("damaged checkpoint")
-def test_a_folder_without_a_valid_checkpoint_is_an_error_and_no_fresh_start(tmp_path, kind):
+def test_a_folder_without_any_valid_checkpoint_is_no_fresh_start(tmp_path, kind):
     run = RunFolder(tmp_path, IDENTITY)
     save(run, 3, 8)
     for name in ("last.pt", "3.pt"):

@@ -30,7 +30,7 @@ def in_a_process(test: Callable) -> Callable:
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """A port that is nobody else's: it refuses, and after listen() it accepts what nobody then answers."""
+    """A port of our own: it refuses connections, and after listen() it accepts them and never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.settimeout(0.1)
