@@ -200,9 +200,11 @@ def load_tensors(path: str | Path, content: bytes | None = None) -> dict[str, Te
     with reading(path, "file of weights"):
         file = path if content is None else io.BytesIO(content)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
         raise CheckpointError(f"{path} holds more than named tensors")
-    return {str(name): tensor.detach() for name, tensor in tensors.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def load_fitting(module: nn.Module | Optimizer, state: dict, path: str | Path) -> None:

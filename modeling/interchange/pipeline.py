@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
-from modeling.checkpoint import CheckpointError, export_weights, load_weights, reading
+from modeling.checkpoint import CheckpointError, export_weights, load_tensors, load_weights, reading
 from modeling.config import Config, ConfigError, parse
 from modeling.interchange.network import from_diffusers, to_diffusers
 from modeling.interchange.scheduler import diffusion_arguments, scheduler_config
@@ -67,15 +66,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: there is neither {' nor '.join(WEIGHTS)}")
+    if path.suffix != ".safetensors":
+        return load_tensors(path)
     with reading(path, "file of weights"):
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
-    ):
-        raise CheckpointError(f"{path} holds more than named tensors")
-    return weights
+        return load_file(path)
 
 
 def read_pipeline(folder: Path, out: Path, config: Config) -> None:

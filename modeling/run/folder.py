@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
-from modeling.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from modeling.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from modeling.run.identity import Identity, describe_differences, differences, run_name
 from modeling.system.errors import UserError
 from modeling.system.files import LockedError, locked, remove_partial_files, write_json
@@ -137,7 +137,7 @@ class RunFolder:
         last = [self.last_checkpoint] if self.last_checkpoint.exists() else []
         return last + sorted(older, key=lambda path: int(path.stem), reverse=True)
 
-    def load_newest(self) -> dict | None:
+    def load_newest(self) -> Checkpoint | None:
         """The newest valid checkpoint of this run, with one warning if it is not the last; None without checkpoints.
 
         Raises:
@@ -185,7 +185,7 @@ class RunFolder:
             path.unlink()
 
 
-def describe_state(checkpoint: dict) -> str:
+def describe_state(checkpoint: Checkpoint) -> str:
     """`<run>@<step>` of a loaded checkpoint."""
     return f"{checkpoint['about']['run']}@{checkpoint['about']['step']}"
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from modeling import build
-from modeling.checkpoint import CheckpointError, load_fitting
+from modeling.checkpoint import Checkpoint, CheckpointError, load_fitting
 from modeling.config import Config, to_yaml
 from modeling.data import load_images
 from modeling.ema import Ema
@@ -93,7 +93,7 @@ class Run:
             "threads": torch.get_num_threads(),
         }
 
-    def load(self, origin: dict | None) -> None:
+    def load(self, origin: Checkpoint | None) -> None:
         """Loads the folder's newest valid checkpoint, or else `origin`, if there is one.
 
         Args:

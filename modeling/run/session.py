@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from modeling import build
-from modeling.checkpoint import CheckpointError, export_weights, load_checkpoint
+from modeling.checkpoint import Checkpoint, CheckpointError, export_weights, load_checkpoint
 from modeling.config import Config, to_yaml
 from modeling.images import save_grid
 from modeling.run.folder import RunError, RunFolder, describe_state
@@ -34,7 +34,7 @@ ARTEFACTS = ("config.yaml", "metrics.json", "metrics.jsonl", "loss.csv", "heldou
 MUST_MATCH = ("seed", "data", "dataset", "model", "diffusion", "optimizer.name", "train.batch_size")
 
 
-def _identify(config: Config, num_steps: int, data_sha256: str) -> tuple[Identity, dict | None]:
+def _identify(config: Config, num_steps: int, data_sha256: str) -> tuple[Identity, Checkpoint | None]:
     """The run's identity, and the checkpoint that `runtime.resume` names, if it names one.
 
     Raises:
