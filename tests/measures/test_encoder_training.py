@@ -14,7 +14,7 @@ from modeling.measures.encoder_training import accuracy, augment, train_encoder
 from modeling.seeding import Purpose, derive_seed
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
-from tests.helpers import ends_in_error, equal, random_images, run_script
+from tests.helpers import ROOT, ends_in_error, equal, random_images, start_script
 
 IMAGES = random_images(40, 3, 32, 32)
 BRIGHTNESS = torch.arange(40) % 2
@@ -151,9 +151,10 @@ def test_the_labels_are_the_official_ones(cifar10_archive):
 def test_the_script_writes_an_encoder_with_its_accuracy_in_the_header(cifar10_archive, tmp_path):
     path = tmp_path / "encoder.safetensors"
     arguments = [f"out={path}", f"archive={cifar10_archive}", "num_epochs=1", "width=8"]
-    done = run_script("train_encoder.py", *arguments)
-    assert done.returncode == 0, done.stderr
+    process = start_script("train_encoder.py", *arguments, cwd=ROOT)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     _, about = load_encoder(path)
-    assert f"{about['test_accuracy']:.2%} of the test images" in done.stdout
-    assert f"SHA-256 {sha256_of(path)}" in done.stdout
+    assert f"{about['test_accuracy']:.2%} of the test images" in output
+    assert f"SHA-256 {sha256_of(path)}" in output
     assert about["test_accuracy"] > 0.3  # one class in ten is chance
