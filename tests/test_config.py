@@ -20,7 +20,7 @@ def test_params_yaml_is_canonical_so_that_dvc_and_hydra_read_the_same():
     assert yaml.safe_load(text) == OmegaConf.to_container(OmegaConf.create(text))
 
 
-def test_without_overrides_what_params_yaml_says_is_what_runs(compose_config):
+def test_params_yaml_is_what_runs_without_overrides(compose_config):
     assert to_yaml(parse(compose_config())) == (ROOT / "params.yaml").read_text()
 
 
@@ -147,7 +147,7 @@ def test_a_missing_required_value_is_named(compose_config):
         parse(compose_config(name="sample"), SampleConfig)
 
 
-def test_every_leaf_of_the_schema_is_in_params_yaml_and_the_other_way_round():
+def test_the_schema_and_params_yaml_have_the_same_leaves():
     params = set(leaves(yaml.safe_load((ROOT / "params.yaml").read_text())))
     schema = {
         f"{section}.{key}" if hasattr(field.annotation, "model_fields") else section

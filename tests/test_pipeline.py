@@ -223,7 +223,7 @@ def test_experiments_train_with_the_values_they_record(repository):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_queued_and_temporary_experiments_train_with_the_values_they_record(repository):
+def test_queued_experiments_train_with_the_values_they_record(repository):
     command("dvc", "exp", "run", "-q", "--temp", "-n", "temporary", "-S", "optimizer.lr=0.004", cwd=repository)
     command("dvc", "exp", "run", "-q", "--queue", "-S", "optimizer.lr=0.005,0.006", cwd=repository)
     command("dvc", "exp", "run", "-q", "--run-all", "-j", "1", cwd=repository)

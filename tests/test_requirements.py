@@ -131,7 +131,7 @@ def lock_faults(lock: str, required: str) -> list[str]:
     return faults
 
 
-def test_the_lock_has_every_requirement_at_its_version_a_hash_for_each_entry_and_no_address():
+def test_the_lock_holds_every_requirement_with_hashes_and_no_address():
     assert not lock_faults(LOCK, REQUIREMENTS)
 
 

@@ -30,7 +30,7 @@ def test_the_command_that_an_error_names_sets_the_very_value(compose_config, tmp
     assert parse(compose_config(*overrides, "train.batch_size=1")).dataset == values
 
 
-def test_inside_a_dvc_stage_only_params_yaml_runs(compose_config, monkeypatch):
+def test_only_params_yaml_runs_inside_a_dvc_stage(compose_config, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DVC_STAGE", "train")
     parse_stage(compose_config())

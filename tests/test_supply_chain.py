@@ -19,6 +19,9 @@ import torch; torch.load(path, weights_only=True)
 import torch as t; t.load(path)
 from torch import load as read
 import torch; read = torch.load
+import torch; torch.hub.load(repository, name)
+from torch.package import PackageImporter
+import pandas; pandas.read_pickle(path)
 import pickle; pickle.load(file)
 import pickle as p; p.loads(content)
 from pickle import loads

@@ -50,7 +50,7 @@ def test_the_length_of_a_run_counts_where_the_learning_rate_depends_on_it(compos
     assert name_of(constant, 1000) != name_of(constant, 50)  # there warm-up is cut
 
 
-def test_data_code_and_the_checkpoint_it_started_from_belong_to_a_runs_name(compose_config):
+def test_data_code_and_first_checkpoint_belong_to_a_runs_name(compose_config):
     config = parse(compose_config())
     names = [name_of(config), name_of(config, data="d"), name_of(config, code="c"), name_of(config, origin="run@7")]
     assert len(set(names)) == 4

@@ -140,7 +140,7 @@ def test_a_second_ctrl_c_leaves_at_once():
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.fault("signal")
-def test_a_ctrl_c_for_the_whole_group_leaves_the_forked_workers_to_their_parent():
+def test_a_ctrl_c_for_the_group_leaves_forked_workers_to_their_parent():
     with start("worker") as process:
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(10) == 130
