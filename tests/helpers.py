@@ -1,4 +1,4 @@
-"""What several tests share: paths, tiny runs, oracles, faults put in by hand."""
+"""What several tests share: paths, tiny runs, oracles, injected faults."""
 
 import contextlib
 import errno
@@ -125,7 +125,7 @@ MACHINE_DEPENDENT = {"seconds", "images_per_second", "memory_bytes"}
 
 
 def result(folder: Path) -> dict:
-    """All that a run leaves, less what depends on the machine's speed."""
+    """What a run writes, without the values that depend on the speed of the machine."""
     content: dict = {**load_checkpoint(folder / "checkpoints" / "last.pt")}
     del content["config"], content["about"], content["state"]["seconds"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -215,7 +215,7 @@ def changed(value):
 
 
 def inject(monkeypatch, call: str, code: str) -> None:
-    """Lets this call of the system fail as a real disk would."""
+    """Makes this system call fail as a full or broken disk would."""
 
     def fail(*args, **kwargs):
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))

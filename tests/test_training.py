@@ -99,7 +99,7 @@ def test_a_learning_rate_of_zero_leaves_every_bit_of_the_weights():
 
 @pytest.mark.parametrize("network", [lambda: UnetModel(3, 3, 8), lambda: DdpmUnet(3, 3, 8, (1, 2), 1, (16,))])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradients_and_moments_lie_in_memory_as_their_weights_do(network, precision):
+def test_gradients_and_moments_have_the_memory_order_of_their_weights(network, precision):
     """Fused optimizers rely on it."""
     model = place(DiffusionModel(network(), (1e-4, 0.02), 20), torch.device("cpu"))
     optimizer = Adam(model.parameters(), fused=True)
