@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from torch.optim import Optimizer
 
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 FORMAT = 2
 _DIGEST_CHARACTERS = 64
@@ -113,15 +110,13 @@ def save_checkpoint(
     *,
     about: dict,
     config: dict,
-    state: "DataclassInstance",
+    state: Any,
     model: nn.Module,
     ema: nn.Module,
     optimizer: Optimizer,
     keep_as: Path | None = None,
 ) -> None:
-    """Writes everything a run needs to resume, and reads it back before it replaces the file at `path`.
-
-    After an error the file that was at `path` is unchanged.
+    """Writes all that a run needs to resume; reads it back before it replaces `path`, which an error leaves as it was.
 
     Args:
         about: what identifies the run and its state, plain values.
@@ -168,8 +163,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: for a missing file.
-        CheckpointError: for a file that is damaged, or holds a value that is not finite or is neither a tensor nor a
-            plain value.
+        CheckpointError: for a damaged file, or a value that is not finite or neither a tensor nor plain.
     """
     path = Path(path)
     if not path.is_file():
@@ -195,26 +189,21 @@ def load_tensors(path: str | Path, content: bytes | None = None) -> dict[str, Te
 
     Raises:
         CheckpointError: for a file that is damaged or holds anything but named tensors.
-        OSError: for one that cannot be read.
     """
     with reading(path, "file of weights"):
         file = path if content is None else io.BytesIO(content)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    ):
+    items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise CheckpointError(f"{path} holds more than named tensors")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    return tensors
 
 
 def load_fitting(module: nn.Module | Optimizer, state: dict, path: str | Path) -> None:
     """`module.load_state_dict(state)`, converted to the memory layout of the module's weights.
 
-    Args:
-        path: the file that the state is from, for the message.
-
     Raises:
-        CheckpointError: if the state belongs to another module.
+        CheckpointError: if the state belongs to another module; names `path`.
     """
     try:
         module.load_state_dict(state)
@@ -254,11 +243,8 @@ def load_weights(path: str | Path, kind: str = "ema") -> tuple[dict, dict[str, T
         raise FileNotFoundError(f"{path}: there is no such file")
     if kind != "ema":
         raise CheckpointError(f"{path} holds averaged weights only: the {kind} ones are in a run's checkpoints/last.pt")
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no exported model of this project: {error}") from error
+    with reading(path, "exported model of this project"), safe_open(path, framework="pt") as file:
+        config = json.loads((file.metadata() or {})["config"])
+        return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

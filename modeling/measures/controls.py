@@ -1,6 +1,7 @@
 """Images at growing distances from the training images: features are useful if distances in them grow, too."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,6 +76,5 @@ def control_distances(
 
 def check_rising(distances: dict[str, float]) -> None:
     """Raises UserError unless each distance of `control_distances` is larger than the one before."""
-    values = list(distances.values())
-    if values != sorted(set(values)):
+    if not all(first < second for first, second in pairwise(distances.values())):
         raise UserError("the distances do not rise from row to row: these features do not measure what they should")

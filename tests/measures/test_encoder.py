@@ -78,7 +78,7 @@ def test_another_file_is_no_encoder(tmp_path):
     with pytest.raises(CheckpointError, match="does not fit"):
         load_encoder(path)
     path.write_bytes(b"anything")
-    with pytest.raises(CheckpointError, match="holds no exported model"):
+    with pytest.raises(CheckpointError, match="is no exported model of this project, or damaged"):
         load_encoder(path)
 
 
