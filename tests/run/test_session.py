@@ -11,8 +11,7 @@ import torch
 import main
 from modeling.checkpoint import load_checkpoint
 from modeling.config import parse
-from modeling.datasets import preparation
-from tests.helpers import ends_in_error, equal, result, train
+from tests.helpers import ends_in_error, equal, result, run_script, train
 from tests.run.interruptions import crash
 
 CONSTANT = "optimizer.lr_schedule=constant", "optimizer.warmup_steps=0"
@@ -100,11 +99,11 @@ def test_a_state_of_another_run_is_rejected_with_the_difference(tiny, straight, 
 @pytest.mark.slow
 @pytest.mark.fault("another run's state")
 def test_a_state_of_other_data_is_rejected(tiny, straight, tmp_path, capsys):
-    preparation.prepare("shapes", tmp_path / "other" / "shapes", num_images=64, seed=5)
-    config = tiny("runtime.resume=straight/checkpoints/last.pt", "dataset.seed=5", f"dataset.root={tmp_path}/other")
+    other = "dataset.seed=5", f"dataset.root={tmp_path}/other"
+    assert run_script("prepare_data.py", "dataset=shapes", "dataset.num_images=64", *other).returncode == 0
     message = r'belongs to another run and cannot be resumed \(data: checkpoint "\w+", this run "\w+"; dataset'
     with ends_in_error(capsys, message):
-        main.main(config)
+        main.main(tiny("runtime.resume=straight/checkpoints/last.pt", *other))
 
 
 @pytest.mark.long
