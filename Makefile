@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train record encoder test test-faults test-long mutants bench check check-lock clean
+.PHONY: help demo train record encoder test test-isa test-faults test-long mutants bench check check-lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ test: .venv/installed ## all tests, with coverage
 	$(BIN)/pip install -q -r requirements-dev.txt
 	$(BIN)/python -m pytest --cov=modeling
 	$(BIN)/coverage report --include=modeling/training.py --fail-under=90
+
+test-isa: .venv/installed ## the numeric tests as on a CPU with AVX2 only, whose kernels round otherwise (2 minutes)
+	$(BIN)/pip install -q -r requirements-dev.txt
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m "numeric and not long"
 
 test-faults: .venv/installed ## faults: 100 kills, signals, full disks, hostile files (about 20 minutes); ends with the matrix
 	$(BIN)/python -m pytest -m fault

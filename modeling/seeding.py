@@ -111,7 +111,7 @@ def draw_permutation(seed: int, epoch: int, count: int) -> Tensor:
 def image_noise(seed: int, indices: Tensor, shape: Sequence[int]) -> Noise:
     """The noise for sampling images with these numbers, (B,).
 
-    An image is then a function of (seed, its number), whatever else is sampled in the same batch.
+    The noise of an image is then a function of (seed, its number), whatever else is sampled in the same batch.
     """
     return lambda timestep: draw_normal(seed, Purpose.SAMPLE, timestep, indices, shape)
 

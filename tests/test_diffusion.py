@@ -8,6 +8,8 @@ from torch import nn
 from modeling.diffusion import DiffusionModel
 from tests.helpers import BETAS, Lambda, T, gaussian_oracle, numpy_tables, zero_model
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("timestep", [1, 2, 500, 1000])
 def test_x_t_has_the_mean_and_variance_of_eq_4(timestep):

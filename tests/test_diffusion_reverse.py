@@ -8,6 +8,8 @@ from torch import nn
 from modeling.diffusion import DiffusionModel, evaluating
 from tests.helpers import BETAS, Lambda, T, gaussian_oracle, numpy_tables, zero_model
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("timestep", [2, 3, 500, 1000])
 def test_the_posterior_is_bayes_rule(timestep):

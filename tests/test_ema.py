@@ -6,6 +6,8 @@ from torch import nn
 
 from modeling.ema import Ema
 
+pytestmark = pytest.mark.numeric
+
 
 def averaged_weight(ema: Ema) -> torch.Tensor:
     return ema.module.get_parameter("weight")

@@ -15,6 +15,8 @@ from modeling.schedules import cosine_betas
 from modeling.seeding import Purpose, draw_normal
 from tests.helpers import BETAS, Lambda, T, gaussian_oracle, numpy_tables, random_images
 
+pytestmark = pytest.mark.numeric
+
 
 def images(count=12) -> torch.Tensor:
     return random_images(count, 3, 4, 4)

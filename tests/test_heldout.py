@@ -7,6 +7,8 @@ from modeling.diffusion import DiffusionModel
 from modeling.heldout import denoising_loss
 from tests.helpers import Lambda, numpy_tables, random_images
 
+pytestmark = pytest.mark.numeric
+
 IMAGES = random_images(60, 3, 8, 8)
 
 

@@ -7,6 +7,8 @@ from torch import nn
 
 from modeling.layers import GroupNorm, ReLU, _ChannelsLastGroupNorm, _IntegerReLU
 
+pytestmark = pytest.mark.numeric
+
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
 

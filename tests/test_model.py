@@ -12,6 +12,8 @@ from modeling.images import to_model_range
 from modeling.training import generate_samples, train_epoch, train_step
 from modeling.unet import UnetModel
 
+pytestmark = pytest.mark.numeric
+
 
 def test_every_test_starts_from_the_same_seed():
     """Else a threshold would hold by luck: over seeds the loss below spreads from 1.0 to 1.5."""

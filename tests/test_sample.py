@@ -14,7 +14,10 @@ from modeling.checkpoint import load_weights
 from modeling.config import ConfigError, parse
 from modeling.measures import trained
 from modeling.measures.sample_files import read_samples
+from modeling.samplers import Ancestral
 from tests.helpers import ended_after, ends_in_error, run_script
+
+pytestmark = pytest.mark.numeric
 
 
 @pytest.mark.slow
@@ -31,7 +34,7 @@ def test_sampling_needs_nothing_but_the_file(finished_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_samples_do_not_depend_on_the_batch_size(finished_run, compose_config, tmp_path):
+def test_samples_depend_on_the_batch_size_by_rounding_only(finished_run, compose_config, tmp_path):
     grids = []
     for size in (4, 3):
         path = tmp_path / f"{size}.png"
@@ -130,3 +133,20 @@ def test_a_configuration_inside_a_file_can_do_no_harm(finished_run, tmp_path, ki
 def test_a_key_that_names_code_is_unknown(compose_config):
     with pytest.raises(ConfigError, match="_target_: unknown key"):
         parse(compose_config("+model._target_=os.system"))
+
+
+@pytest.mark.slow
+def test_a_bug_inside_sampling_keeps_its_traceback(finished_run, compose_config, monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Ancestral, "__call__", fail)
+    options = [f"checkpoint={finished_run}/model.safetensors", "num_images=2", "num_steps=3", f"out={tmp_path}/a.png"]
+    with pytest.raises(ValueError, match="^a bug$"):  # no SystemExit
+        sample.main(compose_config(*options, name="sample"))
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_an_output_without_a_name_is_rejected(compose_config, capsys, out):
+    with ends_in_error(capsys, f"out must name a file or a folder, got {out}"):
+        sample.main(compose_config("checkpoint=any.pt", f"out={out}", "overwrite=true", name="sample"))

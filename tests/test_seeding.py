@@ -13,6 +13,8 @@ from modeling.seeding import (
     image_noise,
 )
 
+pytestmark = pytest.mark.numeric
+
 INDEX = torch.arange(512)
 
 

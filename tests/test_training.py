@@ -19,6 +19,8 @@ from modeling.training import generate_samples, train_epoch, train_step
 from modeling.unet import UnetModel
 from tests.helpers import small_model, weights
 
+pytestmark = pytest.mark.numeric
+
 # ---- train_step
 
 

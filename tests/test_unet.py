@@ -9,6 +9,8 @@ from torch import nn
 from modeling.ddpm_unet import AttentionBlock, DdpmUnet, embed_time
 from modeling.unet import ConvBlock, UnetModel
 
+pytestmark = pytest.mark.numeric
+
 Model = TypeVar("Model", bound=nn.Module)
 SMALL = {"hidden_size": 8, "multipliers": (1, 2, 2), "num_blocks": 1, "attention_resolutions": (16,)}
 

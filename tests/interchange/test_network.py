@@ -14,6 +14,8 @@ from modeling.system.errors import UserError
 from tests.helpers import equal
 from tests.interchange.networks import NETWORKS, PAPER, TINY, network
 
+pytestmark = pytest.mark.numeric
+
 # The network's config of google/ddpm-cifar10-32, written by a version of diffusers that had fewer keys.
 PUBLISHED = {
     "_class_name": "UNet2DModel",

@@ -5,12 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 import evaluate
-import main
 from modeling.measures.encoder import Encoder, save_encoder
-from tests.helpers import ROOT, TINY
 
 
 @pytest.fixture(scope="session")
@@ -22,22 +19,18 @@ def encoder_path(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def run(tiny_data, tmp_path_factory) -> Path:
-    """A finished run."""
-    folder = tmp_path_factory.mktemp("evaluate") / "run"
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        main.main(compose("config", [*TINY, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}"]))
-    return folder
-
-
 @pytest.fixture
-def measure(run, encoder_path, compose_config, monkeypatch, tmp_path):
+def measure(finished_run, encoder_path, compose_config, monkeypatch, tmp_path):
     """evaluate.py on that run, in a fresh working folder: the record."""
     monkeypatch.chdir(tmp_path)
 
     def measure_with(*overrides: str) -> dict:
-        options = [f"checkpoint={run}/checkpoints/last.pt", f"encoder={encoder_path}", "num_images=12", "num_steps=4"]
+        options = [
+            f"checkpoint={finished_run}/checkpoints/last.pt",
+            f"encoder={encoder_path}",
+            "num_images=12",
+            "num_steps=4",
+        ]
         options += ["bits_images=8", "bits_timesteps=null", "loss_images=20", "device=cpu", "precision=fp32"]
         values = compose_config(*options, *overrides, name="evaluate")
         evaluate.main(values)

@@ -14,6 +14,8 @@ from modeling.measures.features import Features, extract_features
 from modeling.system.files import sha256_of
 from tests.helpers import random_images
 
+pytestmark = pytest.mark.numeric
+
 
 def whitened(count: int, dimensions: int) -> torch.Tensor:
     """Points whose mean is 0 and whose covariance is the identity, both exactly."""

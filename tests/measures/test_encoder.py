@@ -11,6 +11,8 @@ from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
 from tests.helpers import equal, random_images
 
+pytestmark = pytest.mark.numeric
+
 IMAGES = random_images(40, 3, 32, 32)
 
 

@@ -17,15 +17,16 @@ from modeling.system.files import sha256_of
 pytestmark = pytest.mark.slow
 
 
-def test_every_number_is_the_librarys_with_its_identity(run, measure, encoder_path, compose_config):
+def test_every_number_is_the_librarys_with_its_identity(finished_run, measure, encoder_path, compose_config):
     record = measure()
-    options = compose_config(f"checkpoint={run}/checkpoints/last.pt", "precision=fp32", "num_steps=4", name="evaluate")
+    checkpoint = finished_run / "checkpoints" / "last.pt"
+    options = compose_config(f"checkpoint={checkpoint}", "precision=fp32", "num_steps=4", name="evaluate")
     trained, config = load_trained(evaluate.parse(options, evaluate.EvaluateConfig))
     folder = Path(config.dataset.root) / "shapes"
     test = load_images(folder, "test", json.loads((folder / "manifest.json").read_text()))
 
     for name in ("bits_per_dim", "heldout_loss"):
-        assert record[name]["identity"]["checkpoint_sha256"] == sha256_of(run / "checkpoints" / "last.pt")
+        assert record[name]["identity"]["checkpoint_sha256"] == sha256_of(checkpoint)
         assert record[name]["identity"]["test_sha256"] == sha256_of(folder / "test.npy")
     for variance in ("large", "small"):
         for kind, clip_x0 in (("raw", False), ("clipped", True)):

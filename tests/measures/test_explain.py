@@ -9,6 +9,8 @@ from modeling.measures.explain import denoising_path, interpolation
 from modeling.samplers import Sampler, sample_images
 from tests.helpers import Lambda
 
+pytestmark = pytest.mark.numeric
+
 SIZE = (3, 4, 4)
 
 

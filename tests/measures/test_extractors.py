@@ -22,6 +22,8 @@ from modeling.measures.features import extract_features
 from modeling.system.files import sha256_of
 from tests.helpers import Payload, random_images
 
+pytestmark = pytest.mark.numeric
+
 IMAGES, OTHERS = random_images(10, 3, 32, 32), random_images(12, 3, 32, 32, seed=1) // 2
 
 

@@ -12,6 +12,8 @@ from modeling.measures.features import extract_features
 from modeling.system.errors import UserError
 from tests.helpers import random_images
 
+pytestmark = pytest.mark.numeric
+
 IMAGES = random_images(24, 3, 32, 32)
 
 

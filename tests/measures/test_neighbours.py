@@ -10,6 +10,8 @@ from modeling.measures import neighbours
 from modeling.measures.neighbours import memorisation_ratio, nearest_neighbours, save_neighbours
 from tests.helpers import random_images
 
+pytestmark = pytest.mark.numeric
+
 SAMPLES, TRAIN, HELD_OUT = (random_images(count, 3, 4, 4, seed=seed) for seed, count in enumerate((20, 50, 30)))
 
 

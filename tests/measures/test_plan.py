@@ -15,7 +15,7 @@ from modeling.measures.sample_files import read_samples
 from modeling.samplers import sample_images
 from tests.helpers import ended_after, ends_in_error
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.numeric]
 
 
 def test_the_same_command_measures_nothing_and_another_one_is_rejected(measure, capsys):
@@ -110,8 +110,8 @@ def test_a_damaged_record_is_named(measure, capsys, content):
 
 
 @pytest.mark.parametrize("name", ["bits_per_dim", "heldout_loss", "encoder"])
-def test_weights_that_are_not_finite_end_a_measure_in_one_line(run, measure, capsys, name):
-    config, weights = load_weights(run / "model.safetensors")
+def test_weights_that_are_not_finite_end_a_measure_in_one_line(finished_run, measure, capsys, name):
+    config, weights = load_weights(finished_run / "model.safetensors")
     weights = {key: torch.full_like(weight, torch.nan) for key, weight in weights.items()}
     Path("broken.safetensors").write_bytes(save(weights, metadata={"config": json.dumps(config)}))
     with ends_in_error(capsys, "is not finite in fp32"):

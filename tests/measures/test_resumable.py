@@ -6,6 +6,8 @@ import torch
 from modeling.measures.resumable import draw_in_parts
 from modeling.system.errors import UserError
 
+pytestmark = pytest.mark.numeric
+
 IDENTITY = {"seed": 1, "sampler": "ddim"}
 
 

@@ -9,6 +9,8 @@ from modeling.measures.trained import TrainedModel
 from modeling.options import SampleConfig
 from tests.helpers import Lambda
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def draw(compose_config):

@@ -18,6 +18,8 @@ from modeling.system.signals import Stopped, stopping_on_signals
 from tests.helpers import small_model, weights
 from tests.run.recorder import IMAGES, Recorder, run, with_losses
 
+pytestmark = pytest.mark.numeric
+
 
 def test_a_run_takes_every_step_once_and_records_what_is_due():
     record = run(small_model(), last_step=8)  # 5 steps an epoch

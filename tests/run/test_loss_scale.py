@@ -13,6 +13,8 @@ from modeling.training import backward
 from tests.helpers import weights
 from tests.run.recorder import Recorder, run
 
+pytestmark = pytest.mark.numeric
+
 
 class ConvModel(nn.Module):
     """An eps model of one layer."""

@@ -8,6 +8,8 @@ import torch
 
 from tests.helpers import ROOT, TINY, equal, result, run_script, train
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.slow
 def test_a_repeated_run_is_the_same(tiny, straight):

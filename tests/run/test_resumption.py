@@ -14,6 +14,8 @@ from modeling.run.objects import Run
 from tests.helpers import ended_after, ends_in_error, equal, needs_compiler, train
 from tests.run.interruptions import Interrupted, crash
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(

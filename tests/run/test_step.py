@@ -18,6 +18,8 @@ from modeling.runtime import place
 from tests.helpers import equal, small_model, weights
 from tests.run.recorder import IMAGES, Recorder, run, spoiled
 
+pytestmark = pytest.mark.numeric
+
 
 def test_one_micro_batch_is_the_plain_step_to_the_bit():
     results = []
