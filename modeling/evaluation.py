@@ -131,7 +131,7 @@ def measure_errors(
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Over each image's dimensions, (B,) float64 on the CPU."""
+    """The mean over each image's dimensions, (B,) float64 on the CPU."""
     return values.flatten(1).mean(1).cpu().double()
 
 
@@ -142,27 +142,27 @@ def _prior(diffusion: DiffusionModel, x_0: Tensor) -> Tensor:
 
 
 def _decoder(diffusion: DiffusionModel, x_0: Tensor, noise: Tensor) -> Tensor:
-    """log p(x_0 | x_1), x_0 raw and clipped, (B, 2)."""
+    """log p(x_0 | x_1) with the predicted x_0 raw and clipped, (B, 2)."""
     timesteps = torch.ones(len(x_0), dtype=torch.int64, device=x_0.device)
     _, predicted = diffusion.predict(diffusion.q_sample(x_0, timesteps, noise), 1)
-    # sigma_1^2: the posterior variance of t = 1 is 0, that of t = 2 takes its place; with T = 1 there is beta_1 only.
+    # sigma_1^2: the posterior variance of t = 1 is 0, so that of t = 2 is used; with T = 1 only beta_1 is available.
     variance = diffusion.posterior_variance(2) if diffusion.num_timesteps > 1 else diffusion.p_variance(1)
     means = predicted.cpu(), predicted.clamp(-1, 1).cpu()
     return torch.stack([_mean(discretized_log_likelihood(x_0.cpu(), mean, variance**0.5)) for mean in means], dim=1)
 
 
 def _errors(diffusion: DiffusionModel, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-    """Squared error of x_0, raw and clipped, (B, 2)."""
+    """The squared error of the predicted x_0, raw and clipped, (B, 2)."""
     eps, predicted = diffusion.predict(diffusion.q_sample(x_0, timesteps, noise), timesteps)
     abar = diffusion.schedules_float64["alphas_cumprod"][timesteps.cpu()]
-    raw = _mean((eps - noise).square()) * (1 - abar) / abar  # eq. 15, without its cancelling
+    raw = _mean((eps - noise).square()) * (1 - abar) / abar  # eq. 15, without its cancellation
     return torch.stack([raw, _mean((predicted.clamp(-1, 1) - x_0).square())], dim=1)
 
 
 def summarise(
     diffusion: DiffusionModel, errors: Tensor, variance: str = "large", *, clip_x0: bool = False
 ) -> BitsPerDim:
-    """The bound of one reverse process from the rows of `measure_errors`; arguments as `bits_per_dim`."""
+    """Computes the bound of one reverse process from the rows of `measure_errors`; arguments as for `bits_per_dim`."""
     tables, last, columns = diffusion.schedules_float64, diffusion.num_timesteps, errors.shape[1] // 3 - 1
     abar, beta = tables["alphas_cumprod"], tables["betas"]
     constants, factors = torch.zeros_like(abar), torch.zeros_like(abar)
@@ -173,7 +173,7 @@ def summarise(
     prior, distortion = errors[:, 0], -errors[:, 1 + clip_x0]
     timesteps, squares = errors[:, 3::3].long(), errors[:, 4 + clip_x0 :: 3]  # (N, K)
     bounds = _part_bounds(last, columns)
-    nats = (constants[timesteps] + factors[timesteps] * squares) * bounds.diff()  # a timestep stands for its part
+    nats = (constants[timesteps] + factors[timesteps] * squares) * bounds.diff()  # each timestep represents its part
     rate = nats.sum(1) + prior
     totals = (distortion + rate) / math.log(2)
     return BitsPerDim(
@@ -193,7 +193,16 @@ def summarise(
 
 
 def bits_per_dim(
-    diffusion: DiffusionModel, images: Tensor, variance: str = "large", *, clip_x0: bool = False, **options
+    diffusion: DiffusionModel,
+    images: Tensor,
+    variance: str = "large",
+    *,
+    clip_x0: bool = False,
+    timesteps_per_image: int | None = None,
+    first_image: int = 0,
+    batch_size: int = 250,
+    precision: str = "fp32",
+    bar: Bar = iter,
 ) -> BitsPerDim:
     """The variational bound (eq. 5) on the negative log-likelihood of images, in bits per dimension.
 
@@ -205,10 +214,15 @@ def bits_per_dim(
         images: (N, C, H, W) uint8.
         variance: "large" for sigma_t^2 = beta_t, "small" for the posterior variance.
         clip_x0: whether the predicted x_0 is clipped to [-1, 1], as the paper's code does.
-        options: of `measure_errors`; by default every t in 1..T is measured for every image.
+
+    Other arguments are those of `measure_errors`.
 
     Raises:
-        ValueError: for an unknown variance, and as `measure_errors`.
+        ValueError: for an unknown variance, and what `measure_errors` raises.
     """
     diffusion.p_variance(1, variance)  # an unknown name fails before any compute
-    return summarise(diffusion, measure_errors(diffusion, images, **options), variance, clip_x0=clip_x0)
+    errors = measure_errors(
+        diffusion, images, timesteps_per_image=timesteps_per_image, first_image=first_image, batch_size=batch_size,
+        precision=precision, bar=bar,
+    )  # fmt: skip
+    return summarise(diffusion, errors, variance, clip_x0=clip_x0)
