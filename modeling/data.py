@@ -57,7 +57,7 @@ class Batches(Dataset):
         return batch
 
     def loader(self, steps: Sequence[int], num_workers: int = 0, device: torch.device | str = "cpu") -> DataLoader:
-        """Returns a loader of the batches of these steps, in this order, in memory that can be copied to the device."""
+        """Returns a loader of the batches of these steps, in this order, pinned for the copy to a CUDA device."""
         pin_memory = torch.device(device).type == "cuda" and self.images.device.type == "cpu"
         return DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory)
 

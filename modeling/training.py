@@ -4,7 +4,7 @@ A run is the same `backward` in `modeling.run.step` and `modeling.run.loop`, wit
 learning rate, averaged weights, log lines and checkpoints.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from pathlib import Path
 
@@ -96,8 +96,8 @@ def generate_samples(
     path: str | Path,
     *,
     num_samples: int = 8,
-    size: tuple[int, int, int] = (3, 32, 32),
-    sampler: Callable[[DiffusionModel, int, tuple[int, int, int], torch.device | str], Tensor] = DiffusionModel.sample,
+    size: Sequence[int] = (3, 32, 32),
+    sampler: Callable[[DiffusionModel, int, Sequence[int], torch.device | str], Tensor] = DiffusionModel.sample,
 ) -> Tensor:
     """Samples images in eval mode, writes them as a PNG grid, creating its folder, and returns it, (3, H, W) uint8.
 
