@@ -28,7 +28,7 @@ def test_another_seed_or_hyperparameter_gives_another_result(tiny, straight):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("stop and go on")
+@pytest.mark.fault("stop and resume")
 def test_the_number_of_workers_changes_nothing(tiny, straight):
     assert equal(train(tiny("runtime.num_workers=2"), "workers"), straight)
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.numeric
 @pytest.mark.parametrize(
     "stop_at", [pytest.param(step, marks=[] if step == 5 else pytest.mark.long) for step in range(9)]
 )
-@pytest.mark.fault("stop and go on")
+@pytest.mark.fault("stop and resume")
 def test_a_run_that_crashed_resumes_to_the_same_result(tiny, straight, monkeypatch, stop_at):
     """Checkpoints are at steps 5 and 8 of 8, epochs end at 4 and 8, lines are written at 3, 6 and 8."""
     crash(tiny, monkeypatch, stop_at)
@@ -39,7 +39,7 @@ def test_a_run_that_crashed_resumes_to_the_same_result(tiny, straight, monkeypat
         pytest.param(["runtime.compile=true"], marks=[pytest.mark.long, needs_compiler]),
     ],
 )
-@pytest.mark.fault("stop and go on")
+@pytest.mark.fault("stop and resume")
 def test_a_run_that_crashed_resumes_to_the_same_result_in_each_mode(tiny, monkeypatch, mode):
     expected = train(tiny(*mode), "straight")
     crash(tiny, monkeypatch, 6, *mode)
@@ -48,7 +48,7 @@ def test_a_run_that_crashed_resumes_to_the_same_result_in_each_mode(tiny, monkey
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.fault("stop and go on")
+@pytest.mark.fault("stop and resume")
 def test_a_run_that_crashed_at_every_step_resumes_to_the_same_result(tiny, straight, monkeypatch):
     """A process a step, with loader workers and without, and a checkpoint after every step."""
     for number in range(7):
@@ -58,7 +58,7 @@ def test_a_run_that_crashed_at_every_step_resumes_to_the_same_result(tiny, strai
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.fault("stop and go on")
+@pytest.mark.fault("stop and resume")
 def test_samples_due_after_the_checkpoints_step_are_made_on_resuming(tiny, straight, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Run, "sample", ended_after(Run.sample, 0, Interrupted))
@@ -97,7 +97,7 @@ BAD_STEPS = {"state.num_skipped": {4}, "state.num_skipped_in_row": {5, 6, 7}, "s
         for key in [None, *STATE]
     ],
 )
-@pytest.mark.fault("stop and go on")
+@pytest.mark.fault("stop and resume")
 def test_an_item_missing_from_a_checkpoint_is_missed_in_the_result(tiny, monkeypatch, key):
     """Were any item of the state not saved, the tests above would fail."""
     options = ["train.log_every=4", "train.checkpoint_every=6"]  # resumed at 6, between two lines

@@ -124,7 +124,7 @@ def test_another_version_of_torch_is_warned_of(tiny, straight, monkeypatch, caps
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.fault("stop and go on")
+@pytest.mark.fault("stop and resume")
 def test_a_longer_cosine_is_another_run_that_names_the_first(tiny, capsys):
     main.main(tiny())
     capsys.readouterr()
@@ -139,7 +139,7 @@ def test_a_longer_cosine_is_another_run_that_names_the_first(tiny, capsys):
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.fault("stop and go on")
+@pytest.mark.fault("stop and resume")
 def test_a_longer_run_resumes_where_the_learning_rate_allows(tiny, capsys):
     longer = train(tiny(*CONSTANT, "train.num_epochs=3"), "longer")
     train(tiny(*CONSTANT, "train.num_epochs=2"), "extended")
