@@ -1,4 +1,4 @@
-# Every target's plain commands are in the README. `make help` lists the targets.
+# `make help` lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,6 +11,10 @@ help: ## list the targets
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -r requirements.txt
+	@touch $@
+
+.venv/dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
 	@touch $@
 
 demo: .venv/installed ## draw shapes, train on them, write a grid of samples (about 5 minutes on 2 cores)
@@ -28,30 +32,27 @@ encoder: .venv/installed ## train the classifier whose features stand in for Inc
 	$(BIN)/python train_encoder.py overwrite=true
 	$(BIN)/python train_encoder.py controls=true
 
-test: .venv/installed ## all tests, with coverage
-	$(BIN)/pip install -q -r requirements-dev.txt
+test: .venv/dev ## all tests, with coverage
 	$(BIN)/python -m pytest --cov=modeling
 	$(BIN)/coverage report --include=modeling/training.py --fail-under=90
 
-test-isa: .venv/installed ## the numeric tests as on a CPU with AVX2 only, whose kernels round otherwise (2 minutes)
-	$(BIN)/pip install -q -r requirements-dev.txt
+test-isa: .venv/dev ## the numeric tests as on a CPU with AVX2 only, whose kernels round otherwise (2 minutes)
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m "numeric and not long"
 
-test-faults: .venv/installed ## faults: 100 kills, signals, full disks, hostile files (about 20 minutes); ends with the matrix
+test-faults: .venv/dev ## faults: 100 kills, signals, full disks, hostile files (about 20 minutes); ends with the matrix
 	$(BIN)/python -m pytest -m fault
 
-test-long: .venv/installed ## tests that take minutes: speed, parity, every edit of the pipeline
+test-long: .venv/dev ## tests that take minutes: speed, parity, every edit of the pipeline
 	$(BIN)/python -m pytest -m "long and not fault"
 
-mutants: .venv/installed ## bugs put in by hand, each of which must fail a test (long)
+mutants: .venv/dev ## bugs put in by hand, each of which must fail a test (long)
 	$(BIN)/python -m tests.mutants
 
 bench: .venv/installed ## speed against other loops and the machine's limit (about 40 minutes); writes benchmark.md
 	$(BIN)/python prepare_data.py
 	$(BIN)/python benchmark.py
 
-check: .venv/installed ## style, types and spelling
-	$(BIN)/pip install -q -r requirements-dev.txt
+check: .venv/dev ## style, types and spelling
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/codespell

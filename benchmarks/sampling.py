@@ -4,9 +4,9 @@ import torch
 
 from benchmarks.contender import BETAS, NUM_TIMESTEPS, Contender, compose, network_flops, plain_network, synchronise
 from modeling import build
-from modeling.diffusion import get_schedules
 from modeling.runtime import place, resolve_device
 from modeling.samplers import Sampler, sample_images
+from modeling.schedules import get_schedules
 
 
 def reference_sampling(overrides: list[str], batch_size: int) -> Contender:

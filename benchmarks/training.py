@@ -20,12 +20,12 @@ from benchmarks.contender import (
 from modeling import build
 from modeling.config import Config
 from modeling.data import load_images
-from modeling.diffusion import get_schedules
 from modeling.images import to_model_range
 from modeling.run.folder import RunFolder
 from modeling.run.identity import identify
 from modeling.run.objects import Run
 from modeling.runtime import autocast, keep_freed_memory, resolve_device
+from modeling.schedules import get_schedules
 from modeling.stage import read_manifest
 from modeling.system.signals import uninterrupted
 

@@ -1,4 +1,4 @@
-"""Builds objects from the configuration: the one module that knows both sides.
+"""Builds networks, the diffusion process, optimizers and batches from the configuration.
 
 Classes are chosen by name from the tables below, never by a path in a configuration: the configuration inside a
 checkpoint must not be able to name code.

@@ -1,6 +1,6 @@
 """The configuration's schema: every key of `params.yaml`, its type, range and meaning. Imports no torch.
 
-`parse` is the one place that knows OmegaConf: what leaves it is frozen and valid.
+What leaves `parse` is frozen and valid.
 """
 
 import difflib

@@ -239,7 +239,7 @@ class DiffusionModel(nn.Module):
         Raises:
             ValueError: for an unknown variance, or noise of another shape.
         """
-        self.p_variance(1, variance)  # an unknown name fails before any compute
+        check_choice("variance", variance, VARIANCES)
         noise = noise or draw_noise(num_samples, size, device, generator)
         x = starting_point(noise, num_samples, size, device)
         with evaluating(self):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modeling.diffusion import DiffusionModel, evaluating
+from modeling.diffusion import VARIANCES, DiffusionModel, check_choice, evaluating
 from modeling.images import to_model_range
 from modeling.runtime import autocast
 from modeling.seeding import Purpose, draw_integers, draw_normal
@@ -220,7 +220,7 @@ def bits_per_dim(
     Raises:
         ValueError: for an unknown variance, and what `measure_errors` raises.
     """
-    diffusion.p_variance(1, variance)  # an unknown name fails before any compute
+    check_choice("variance", variance, VARIANCES)
     errors = measure_errors(
         diffusion, images, timesteps_per_image=timesteps_per_image, first_image=first_image, batch_size=batch_size,
         precision=precision, bar=bar,

@@ -1,4 +1,4 @@
-"""The held-out loss: the loss on images that are not trained on, measured so that two runs can be compared."""
+"""The loss at the end of a run, on held-out or training images, with fixed noise so that runs can be compared."""
 
 import torch
 from torch import Tensor

@@ -67,7 +67,7 @@ class EvaluateConfig(Sampling):
     out: Text  # a folder for evaluation.json, the samples and the pictures
     measures: Annotated[list[Literal["bits_per_dim", "heldout_loss", "encoder", "fid"]], Field(min_length=1)]
     samples: Text | None  # an .npz of sample.py or another project, measured instead of new samples
-    data: Text | None  # the folder of prepared data; null: the one that the checkpoint was trained on
+    data: Text | None  # the folder of prepared data; null: the checkpoint's own; data/cifar10 for linear and gaussian
     bits_images: PositiveInt  # bits_per_dim: of the test images, at most all of them
     bits_timesteps: PositiveInt | None  # bits_per_dim: drawn for each image; null: all T
     loss_images: PositiveInt  # heldout_loss: of the test images, at most all of them

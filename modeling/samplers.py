@@ -16,6 +16,8 @@ from modeling.runtime import autocast
 from modeling.seeding import Noise, draw_noise, image_noise, starting_point
 from modeling.system.progress import Bar
 
+SAMPLERS = ("ancestral", "ddim", "dpm_solver")
+
 # (x, eps, x_0, abar, abar of the next timestep, source of noise) -> x at the next timestep
 Update = Callable[[Tensor, Tensor, Tensor, float, float, Callable[[], Tensor]], Tensor]
 
@@ -59,12 +61,12 @@ class Sampler:
 
     def make_update(self) -> Update:
         """Returns a new update, for the steps of one batch in order."""
-        if self.variance is not None:
-            return Ancestral(self.variance)
-        return DpmSolver() if self.eta is None else Ddim(self.eta)
-
-
-SAMPLERS = ("ancestral", "ddim", "dpm_solver")
+        match self.name:
+            case "ancestral":
+                return Ancestral(self.variance or "small")
+            case "ddim":
+                return Ddim(self.eta or 0.0)
+        return DpmSolver()
 
 
 @dataclass(frozen=True)

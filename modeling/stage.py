@@ -32,6 +32,9 @@ def parse_stage(values: DictConfig) -> Config:
     return config
 
 
+_SPLITS = ("train", "test")
+
+
 class FileFacts(TypedDict):
     sha256: str
     count: int
@@ -85,10 +88,13 @@ def read_manifest(dataset: Dataset) -> Manifest:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         found = manifest["dataset"]
+        wanted = {key: getattr(dataset, key, None) for key in found}
+        if not found or not all(isinstance(manifest["files"][f"{split}.npy"]["sha256"], str) for split in _SPLITS):
+            raise ValueError("it describes no data")
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no prepared data: run `{command}`") from None
     except (ValueError, TypeError, KeyError):
         raise ConfigError(f"{folder}/manifest.json is damaged: run `{command}`") from None
-    if found != (wanted := {key: getattr(dataset, key, None) for key in found}):
+    if found != wanted:
         raise ConfigError(f"{folder} was prepared with {found}, not with {wanted}: run `{command}`")
     return manifest

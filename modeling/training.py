@@ -1,6 +1,6 @@
 """The plain training loop: Algorithm 1's gradient, one step, one epoch; and grids of samples.
 
-A run is the same `backward` in `modeling.run.step` and `modeling.run.loop`, with random numbers by step number,
+A run (`modeling.run.step`, `modeling.run.loop`) calls the same `backward`, with random numbers by step number, a
 learning rate, averaged weights, log lines and checkpoints.
 """
 

@@ -1,7 +1,6 @@
 """Fixtures: a fixed seed for every test, the available devices, composed configurations, small prepared data."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from tests.helpers import ROOT, TINY, dataset, run_script
-
-sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)

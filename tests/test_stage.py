@@ -20,6 +20,15 @@ def test_data_that_is_not_prepared_names_the_command(compose_config, tmp_path, t
         read_manifest(config.dataset)
 
 
+@pytest.mark.parametrize("text", ["{", "5", '{"dataset": 5}', '{"dataset": {}}', '{"dataset": {"seed": 0}}'])
+def test_a_damaged_manifest_names_the_command(tmp_path, text):
+    section = dataset("shapes", tmp_path, seed=0)
+    section.folder.mkdir()
+    (section.folder / "manifest.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"manifest\.json is damaged: run `python prepare_data\.py dataset=shapes"):
+        read_manifest(section)
+
+
 @pytest.mark.parametrize("pictures", ["/a/b-1.0", "/a/my pictures", "it's (2), $x", "été/~a=b", '"'])
 def test_the_command_that_an_error_names_sets_the_very_value(compose_config, tmp_path, pictures):
     values = dataset("folder", tmp_path, pictures=pictures, num_images=3)

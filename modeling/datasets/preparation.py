@@ -98,7 +98,7 @@ def _leftovers(folder: Path) -> list[Path]:
 
 
 def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Replaces `folder` by one with these files; the old one stays until the last moment."""
+    """Replaces `folder` by one with these files; if that fails, the old one stays."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new."))
     old = temporary.with_name(temporary.name + ".old")
     try:
@@ -110,7 +110,12 @@ def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
                 os.fsync(file.fileno())
         if folder.exists():
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from modeling.diffusion import Bar, DiffusionModel
+from modeling.diffusion import DiffusionModel
 from modeling.images import to_uint8
-from modeling.runtime import autocast
+from modeling.runtime import autocast, check_finite
 from modeling.samplers import Sampler, sample, sample_images
 from modeling.seeding import image_noise
+from modeling.system.progress import Bar
 
 
 def denoising_path(
@@ -37,6 +38,7 @@ def denoising_path(
     x = sample_images(
         model, num_images, size, device, sampler, seed=seed, precision=precision, bar=bar, observe=observe
     )
+    check_finite(x, "a sample", precision)
     chosen = [seen[i * len(seen) // (num_columns - 1)] for i in range(num_columns - 1)]
     columns = [*chosen, (to_uint8(x).cpu(),) * 2]
     return torch.stack([torch.stack(pair) for pair in columns], dim=2).transpose(0, 1).flatten(0, 2)
@@ -68,4 +70,6 @@ def interpolation(
         return noises[0](timestep) * angle.cos() + noises[1](timestep) * angle.sin()
 
     with autocast(device, precision):
-        return to_uint8(sample(model, len(first), size, device, sampler, noise=arc, bar=bar)).cpu()
+        images = sample(model, len(first), size, device, sampler, noise=arc, bar=bar)
+    check_finite(images, "a sample", precision)
+    return to_uint8(images).cpu()

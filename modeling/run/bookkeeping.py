@@ -51,48 +51,37 @@ class Stopwatch:
         self.started += time.perf_counter() - before
 
 
+@dataclass
 class Bookkeeping:
-    """Counts the steps of a run and keeps their losses on the device until they are asked for.
+    """Counts the steps of a run and keeps their losses on the device until they are asked for."""
 
-    Args:
-        state: the present state of the run; it is updated.
-        steps_per_epoch: whole batches in the training images.
-        last_step: the length of the run in steps.
-        log_every: steps between log lines; there is always one after the last step.
-        checkpoint_every: steps between checkpoints; there is always one after the last step.
-        checkpoint_seconds: a checkpoint is due after this time even if `checkpoint_every` is not reached.
-        sample_every: epochs between grids of samples.
-        max_skipped_in_row: this many skipped steps, one after the other, end the run.
-        precision: for the remedy in that error.
-    """
+    state: TrainState  # the present one of the run; it is updated
+    steps_per_epoch: int
+    last_step: int  # the length of the run
+    log_every: int  # steps between log lines, and always after the last step
+    checkpoint_every: int  # steps between checkpoints, and always after the last step
+    sample_every: int  # epochs between grids of samples, and always after the last step
+    checkpoint_seconds: float = math.inf  # a checkpoint is also due after this time
+    max_skipped_in_row: int = 10  # this many skipped steps, one after the other, end the run
+    precision: str = "fp32"  # for the remedy in that error
 
-    def __init__(
-        self,
-        state: TrainState,
-        *,
-        steps_per_epoch: int,
-        last_step: int,
-        log_every: int,
-        checkpoint_every: int,
-        sample_every: int,
-        checkpoint_seconds: float = math.inf,
-        max_skipped_in_row: int = 10,
-        precision: str = "fp32",
-    ):
-        self.state, self.steps_per_epoch, self.last_step = state, steps_per_epoch, last_step
-        self.log_every, self.checkpoint_every = log_every, checkpoint_every
-        self.checkpoint_seconds, self.max_skipped_in_row = checkpoint_seconds, max_skipped_in_row
-        self.sample_every, self.precision = sample_every, precision
+    def __post_init__(self) -> None:
         self.clock = Stopwatch()
         self._saved_at = time.monotonic()
         self._losses: list[Tensor] = []
-        self._num_images = 0
+        self._num_images, self._seconds = 0, 0.0  # since the last log line
 
     def count_step(self, loss: Tensor, num_images: int) -> None:
         """After each step; the loss is a scalar on the device, NaN for a skipped step (no CPU-GPU sync)."""
         self.state.step += 1
         self._losses.append(loss)
         self._num_images += num_images
+
+    def count_time(self) -> None:
+        """Moves the time since the last call into the state."""
+        seconds = self.clock.lap()
+        self.state.seconds += seconds
+        self._seconds += seconds
 
     @property
     def is_line_due(self) -> bool:
@@ -150,9 +139,9 @@ class Bookkeeping:
         state = self.state
         loss = state.loss_sum / state.num_losses if state.num_losses else None
         state.loss_sum, state.num_losses = 0.0, 0
-        seconds, num_images = self.clock.lap(), self._num_images
-        state.seconds += seconds
-        self._num_images = 0
+        self.count_time()
+        num_images, seconds = self._num_images, self._seconds
+        self._num_images, self._seconds = 0, 0.0
         return {
             "epoch": (state.step - 1) // self.steps_per_epoch + 1,
             "train/loss": loss,

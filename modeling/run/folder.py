@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from modeling.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from modeling.run.identity import Identity, describe_differences, differences, run_name
@@ -46,7 +46,7 @@ class RunFolder:
         self.path, self.identity, self.num_checkpoints = path, identity, num_checkpoints
         self.name = run_name(identity)
         self.wandb_id = ""  # set by `claimed`
-        self.parent: str | None = None  # run and step of the checkpoint that this process started from
+        self.started_from: str | None = None  # run and step of the checkpoint that this process started from
         self._last_step: int | None = None  # of last.pt
 
     @property
@@ -58,9 +58,10 @@ class RunFolder:
         """metrics.json, written last: a run is finished exactly if it exists."""
         return self.path / "metrics.json"
 
-    def num_finished_steps(self) -> int | None:
-        """The length of the finished run in this folder; None if there is none."""
-        return json.loads(self.metrics_path.read_text())["steps"] if self.metrics_path.exists() else None
+    def finished_at(self) -> int | None:
+        """The last step of the finished run in this folder; None if there is none."""
+        metrics = self._read(self.metrics_path, "steps")
+        return None if metrics is None else metrics["steps"]
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -79,14 +80,20 @@ class RunFolder:
         except LockedError as error:
             raise RunError(f"{self.path}: {error}; wait for it, or set runtime.output_dir to another folder") from None
 
-    def _read_marker(self) -> _Marker | None:
-        path = self.path / _MARKER
+    def _read(self, path: Path, *keys: str) -> Any:
+        """A JSON file of the folder, which must have these keys; None if there is no such file."""
         try:
-            return json.loads(path.read_text())
+            content = json.loads(path.read_text())
+            if missing := [key for key in keys if key not in content]:
+                raise ValueError(f"it has no {missing[0]}")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise RunError(f"{path} is damaged ({error}): delete {self.path}, or set runtime.output_dir") from error
+        return content
+
+    def _read_marker(self) -> _Marker | None:
+        return self._read(self.path / _MARKER, "run", "identity", "wandb_id")
 
     def _check_owner(self) -> None:
         found = self._read_marker()
@@ -94,7 +101,7 @@ class RunFolder:
             return
         remedy = "set runtime.output_dir to another folder"
         if found is not None:
-            how = describe_differences(differences(found.get("identity", {}), self.identity), "that run")
+            how = describe_differences(differences(found["identity"], self.identity), "that run")
             raise RunError(f"{self.path} holds the run {found['run']}, not {self.name} ({how}): {remedy}")
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is not a folder: {remedy}")
@@ -112,7 +119,7 @@ class RunFolder:
         for entry in self.path.iterdir():
             if entry.name not in (_LOCK, _MARKER):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        self._last_step = self.parent = None
+        self._last_step = self.started_from = None
 
     def similar_run(self) -> str | None:
         """A hint that names a run beside this one which differs only in code or length; None if there is none."""
@@ -173,7 +180,7 @@ class RunFolder:
         if self._last_step == state.step:
             return
         about = {
-            "run": self.name, "identity": self.identity, "parent": self.parent, "wandb_id": self.wandb_id,
+            "run": self.name, "identity": self.identity, "parent": self.started_from, "wandb_id": self.wandb_id,
             "step": state.step, **about,
         }  # fmt: skip
         last, keep_as = self.last_checkpoint, None

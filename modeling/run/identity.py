@@ -46,15 +46,15 @@ def run_length(num_images: int, batch_size: int, num_epochs: int, max_steps: int
     return length if max_steps is None else min(length, max_steps)
 
 
-def identify(config: Config, num_steps: int, data_sha256: str, code_sha256: str, origin: str | None = None) -> Identity:
-    """The identity of a run of `num_steps` steps.
+def identify(config: Config, last_step: int, data_sha256: str, code_sha256: str) -> Identity:
+    """The identity of a run of `last_step` steps that starts from scratch.
 
     The length of the run is left out, so that a run can be made longer, except where the learning rate depends on it.
     """
     values = config.model_dump(exclude=NO_EFFECT)
-    values["optimizer"]["warmup_steps"] = min(config.optimizer.warmup_steps, num_steps)
-    values["optimizer"]["cosine_steps"] = num_steps if config.optimizer.lr_schedule == "cosine" else None
-    return Identity(**values, data=data_sha256, code=code_sha256, origin=origin)
+    values["optimizer"]["warmup_steps"] = min(config.optimizer.warmup_steps, last_step)
+    values["optimizer"]["cosine_steps"] = last_step if config.optimizer.lr_schedule == "cosine" else None
+    return Identity(**values, data=data_sha256, code=code_sha256, origin=None)
 
 
 def run_name(identity: Identity) -> str:

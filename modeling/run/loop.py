@@ -57,6 +57,7 @@ class Training:
 
     def save(self) -> None:
         """Writes a checkpoint of the state between two steps, after the log lines of the steps that it covers."""
+        self.books.count_time()
         with self.books.clock.paused():
             self.books.collect_losses()
             self.step.store_loss_scale()

@@ -105,12 +105,12 @@ class Run:
         content = self.folder.load_newest() or origin
         if content is None:
             return
-        self.folder.parent = describe_state(content)
+        name = self.folder.started_from = describe_state(content)
         try:
             self.state = TrainState(**content["state"])
-            load_fitting(self.model.eps_model, content["model"], self.folder.path)
-            load_fitting(self.ema.module, content["ema"], self.folder.path)
-            load_fitting(self.optimizer, content["optimizer"], self.folder.path)
+            load_fitting(self.model.eps_model, content["model"], name)
+            load_fitting(self.ema.module, content["ema"], name)
+            load_fitting(self.optimizer, content["optimizer"], name)
         except (CheckpointError, TypeError) as error:
             raise RunError(f"the checkpoint cannot be resumed: {error}") from error
         if changed := differences(content["about"].get("environment", {}), self.environment):

@@ -34,14 +34,13 @@ ARTEFACTS = ("config.yaml", "metrics.json", "metrics.jsonl", "loss.csv", "heldou
 MUST_MATCH = ("seed", "data", "dataset", "model", "diffusion", "optimizer.name", "train.batch_size")
 
 
-def _identify(config: Config, num_steps: int, data_sha256: str) -> tuple[Identity, Checkpoint | None]:
+def _identify(config: Config, last_step: int, data_sha256: str) -> tuple[Identity, Checkpoint | None]:
     """The run's identity, and the checkpoint that `runtime.resume` names, if it names one.
 
     Raises:
-        RunError: for a file that is no checkpoint, or one of another architecture, data set or seed.
+        RunError: for a file that is no checkpoint, one of another architecture, data set or seed, or a later step.
     """
-    code, resume = code_sha256(), config.runtime.resume
-    identity = identify(config, num_steps, data_sha256, code)
+    identity, resume = identify(config, last_step, data_sha256, code_sha256()), config.runtime.resume
     if resume in ("auto", "never"):
         return identity, None
     try:
@@ -57,8 +56,13 @@ def _identify(config: Config, num_steps: int, data_sha256: str) -> tuple[Identit
             f"runtime.resume={resume}: this checkpoint belongs to another run and cannot be resumed "
             f"({describe_differences(rejected, 'checkpoint')})"
         )
+    if origin["state"]["step"] > last_step:
+        raise RunError(
+            f"runtime.resume={resume}: this checkpoint is at step {origin['state']['step']:,}, after the end of the "
+            f"run ({last_step:,} steps)"
+        )
     if changed:  # otherwise it is this run itself, with the result of an uninterrupted one
-        identity = identify(config, num_steps, data_sha256, code, origin=origin_name)
+        identity["origin"] = origin_name
         print(f"starting from {resume} ({origin_name}) with {describe_differences(changed, 'checkpoint')}")
     return identity, origin
 
@@ -81,29 +85,35 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
         Stopped: when the process is asked to end; the state is saved.
     """
     machine = build.build_runtime(config.runtime)
-    data, train = manifest["files"]["train.npy"], config.train
-    num_steps = run_length(data["count"], train.batch_size, train.num_epochs, train.max_steps)
-    identity, origin = _identify(config, num_steps, data["sha256"])
+    images, length = manifest["files"]["train.npy"], config.train
+    last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
+    identity, origin = _identify(config, last_step, images["sha256"])
     path = Path(config.runtime.output_dir or f"runs/{run_name(identity)}")
     folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
     with folder.claimed():
-        if folder.num_finished_steps() == num_steps:
+        finished_at = folder.finished_at()
+        if config.runtime.resume == "never" and finished_at is not None:
+            raise RunError(
+                f"runtime.resume=never: {path} holds this run, finished: delete it, or set runtime.output_dir to "
+                "another folder"
+            )
+        if finished_at == last_step:
             print(f"{path}: this run is finished, nothing to do")
             return path
-        run = Run(config, manifest, num_steps, folder, *machine)
+        run = Run(config, manifest, last_step, folder, *machine)
         run.load(origin)
         if config.runtime.resume == "never" and run.state.step:
             raise RunError(
                 f"runtime.resume=never: {path} holds this run up to step {run.state.step}: delete it, or set "
                 "runtime.output_dir to another folder"
             )
-        if run.state.step > num_steps:
-            longer = f"{path} holds this run with {run.state.step} steps, more than the {num_steps} asked for"
+        if run.state.step > last_step:
+            longer = f"{path} holds this run with {run.state.step} steps, more than the {last_step} asked for"
             if not replace:
                 raise RunError(f"{longer}: set runtime.output_dir to another folder")
             print(f"{longer}: starting from scratch")
             folder.clear()
-            run = Run(config, manifest, num_steps, folder, *machine)
+            run = Run(config, manifest, last_step, folder, *machine)
         if run.state.step == 0 and (similar := folder.similar_run()) is not None:
             print(similar)
         print(run.describe(), flush=True)
@@ -135,7 +145,7 @@ def _carry_out(run: Run) -> None:
         print(f"stopped by {stopped.reason}: {at}; the same command resumes it", flush=True)
         raise
     finally:
-        tracker.finish(is_complete=run.folder.num_finished_steps() == run.last_step)
+        tracker.finish(is_complete=run.folder.finished_at() == run.last_step)
     print(f"samples     {folder}/samples/ema/{run.last_step}.png\nmetrics     {run.folder.metrics_path}")
 
 

@@ -90,6 +90,24 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path, monkeypatch):
     assert {entry.name for entry in tmp_path.iterdir()} == {"shapes", ".shapes.lock"}
 
 
+@pytest.mark.fault("disk")
+def test_a_disk_that_fails_between_the_two_renamings_leaves_the_old_folder(tmp_path, monkeypatch):
+    prepare(shapes(tmp_path))
+    replace, calls = os.replace, []
+
+    def fail_once(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(PreparationError, match="No space left"):
+        patch.setattr(preparation.os, "replace", fail_once)
+        prepare(shapes(tmp_path, 31))
+    assert prepare(shapes(tmp_path))[1] is False
+    assert {entry.name for entry in tmp_path.iterdir()} == {"shapes", ".shapes.lock"}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("moment", ["before the old one goes", "between the two renamings", "after"])
 @pytest.mark.fault("SIGKILL")

@@ -33,6 +33,13 @@ def test_the_path_of_an_image_begins_in_noise_and_ends_in_its_sample():
     assert torch.equal(found[:, 1, 0], steps[12][1])
 
 
+@pytest.mark.parametrize("show", [denoising_path, interpolation])
+def test_a_picture_of_what_is_not_finite_is_an_error(show):
+    broken = DiffusionModel(Lambda(lambda x, t: x * float("nan")), (0.01, 0.3), 12)
+    with pytest.raises(FloatingPointError, match="a sample is not finite"):
+        show(broken, 1, SIZE, "cpu", Sampler(num_steps=4), seed=1)
+
+
 @pytest.mark.parametrize("name", ["ancestral", "ddim"])
 def test_an_interpolation_goes_from_one_image_to_the_other(name):
     sampler = Sampler(name, num_steps=6)

@@ -58,12 +58,7 @@ class Recorder:
         return self._make(self.model, self.ema, self.optimizer, self.state, self.batches.seed, **given)
 
     def make_books(self) -> Bookkeeping:
-        return Bookkeeping(
-            self.state,
-            steps_per_epoch=self.batches.steps_per_epoch,
-            last_step=self.last_step,
-            **self._given(Bookkeeping),
-        )
+        return Bookkeeping(self.state, self.batches.steps_per_epoch, self.last_step, **self._given(Bookkeeping))
 
     def log(self, step: int, metrics: dict) -> None:
         self.lines.append({"step": step} | metrics)

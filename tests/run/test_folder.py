@@ -53,7 +53,7 @@ def names(path: Path) -> set[str]:
 def test_a_checkpoint_says_whose_it_is(tmp_path):
     run = RunFolder(tmp_path / "run", IDENTITY)
     with run.claimed():
-        run.parent = "other@3"
+        run.started_from = "other@3"
         save(run, 4)
         about = newest(run)["about"]
     assert about == {
@@ -160,10 +160,18 @@ def test_files_of_a_process_killed_at_its_first_write_are_removed(tmp_path):
         assert {entry.name for entry in tmp_path.iterdir()} == {"lock", "run.json"}
 
 
-def test_a_damaged_marker_is_an_error(tmp_path):
-    (tmp_path / "run.json").write_text('{"run": ')
+@pytest.mark.parametrize("text", ['{"run": ', "{}", "[]", "5", '{"run": "a", "identity": {}}'])
+def test_a_damaged_marker_is_an_error(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
     with pytest.raises(RunError, match=r"run\.json is damaged"):
         RunFolder(tmp_path, IDENTITY).claimed().__enter__()
+
+
+@pytest.mark.parametrize("text", ['{"steps": 8', "{}", "null"])
+def test_a_damaged_file_of_final_metrics_is_an_error(tmp_path, text):
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(RunError, match=r"metrics\.json is damaged"):
+        RunFolder(tmp_path, IDENTITY).finished_at()
 
 
 def test_the_id_for_weights_and_biases_is_the_runs_own_and_stays(tmp_path):

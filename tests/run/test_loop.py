@@ -183,3 +183,11 @@ def test_rates_leave_out_logging_saving_and_sampling(monkeypatch):
     recorder = Slow(small_model(), 10, make=OneSecond).fit()
     assert [line["images_per_second"] for line in recorder.lines] == [4.0] * 5
     assert recorder.lines[-1]["seconds"] == 10
+
+    first = Slow(small_model(), 3, make=OneSecond, log_every=2)
+    first.last_step = first.training.books.last_step = 10  # as a run that is stopped after step 3, between two lines
+    first.batches.loader = lambda steps, *options: [IMAGES[:4]] * 3
+    first.fit()
+    first.training.save()
+    resumed = Slow(small_model(), 10, make=OneSecond, state=first.state).fit()
+    assert resumed.lines[-1]["seconds"] == 10

@@ -5,7 +5,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from modeling.config import Config, parse
-from modeling.run.identity import identify, run_name
+from modeling.run.identity import Identity, identify, run_name
 from tests.helpers import ROOT, changed, leaves
 
 NO_EFFECT_ON_THE_NAME = {
@@ -16,8 +16,8 @@ NO_EFFECT_ON_THE_NAME = {
 }  # fmt: skip
 
 
-def name_of(config: Config, num_steps=1000, data="data", code="code", origin=None) -> str:
-    return run_name(identify(config, num_steps, data, code, origin))
+def name_of(config: Config, last_step=1000, data="data", code="code", origin=None) -> str:
+    return run_name(Identity(**{**identify(config, last_step, data, code), "origin": origin}))
 
 
 @pytest.mark.parametrize("key", sorted(leaves(yaml.safe_load((ROOT / "params.yaml").read_text()))))

@@ -119,6 +119,21 @@ def test_another_version_of_torch_is_warned_of(tiny, straight, monkeypatch, caps
     assert capsys.readouterr().err.count(message) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.fault("another run's state")
+def test_a_finished_run_is_not_started_from_scratch(tiny, straight, capsys):
+    with ends_in_error(capsys, r"runtime\.resume=never: straight holds this run, finished: delete it"):
+        train(tiny("runtime.resume=never"), "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("another run's state")
+def test_a_state_after_the_end_of_the_run_is_rejected(tiny, capsys):
+    train(tiny(*CONSTANT), "longer")
+    with ends_in_error(capsys, r"longer/checkpoints/last\.pt: this checkpoint is at step 8, after the end .*\(4 steps"):
+        train(tiny(*CONSTANT, "train.max_steps=4", "runtime.resume=longer/checkpoints/last.pt"), "short")
+
+
 # ---- other lengths
 
 
