@@ -83,7 +83,7 @@ def test_a_disk_that_fails_under_any_file_loses_nothing(tiny, monkeypatch, capsy
         with monkeypatch.context() as patch:
             if str(path).endswith(WRITES[what]):
                 calls.append(path)
-                if what != "a checkpoint" or len(calls) == 2:  # so that there is one before it
+                if what != "a checkpoint" or len(calls) == 2:  # the first one is the state before it
                     inject(patch, call, code)
             return write(path, *args, **kwargs)
 
