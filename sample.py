@@ -32,7 +32,7 @@ def main(values: DictConfig) -> None:
             raise ConfigError(f"out={out}: this folder does not hold samples, so it is not replaced")
         with stopping_on_signals():
             from modeling.images import save_grid
-            from modeling.measures.explain import denoising_path, interpolation
+            from modeling.measures.explain import COLUMNS, denoising_path, interpolation
             from modeling.measures.sample_files import write_samples
             from modeling.measures.trained import SIZE, load_trained
             from modeling.system.progress import progress_bar
@@ -48,7 +48,7 @@ def main(values: DictConfig) -> None:
                     trained.model, options.num_images, SIZE, trained.device, trained.sampler, seed=options.seed,
                     precision=trained.precision, bar=partial(progress_bar, desc="sampling"),
                 )  # fmt: skip
-                save_grid(images, out, num_columns=10)
+                save_grid(images, out, num_columns=COLUMNS)
         print(out)
 
 

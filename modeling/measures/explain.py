@@ -10,6 +10,8 @@ from modeling.samplers import Sampler, sample, sample_images
 from modeling.seeding import image_noise
 from modeling.system.progress import Bar
 
+COLUMNS = 10  # of both pictures
+
 
 def denoising_path(
     model: DiffusionModel,
@@ -20,7 +22,7 @@ def denoising_path(
     *,
     seed: int,
     precision: str = "fp32",
-    num_columns: int = 10,
+    num_columns: int = COLUMNS,
     bar: Bar = iter,
 ) -> Tensor:
     """How images form out of noise, in columns evenly spaced over the steps, the result last.
@@ -53,7 +55,7 @@ def interpolation(
     *,
     seed: int,
     precision: str = "fp32",
-    num_columns: int = 10,
+    num_columns: int = COLUMNS,
     bar: Bar = iter,
 ) -> Tensor:
     """Images between images 2k and 2k + 1: all their noises, the starting one and the later ones, joined by an arc.
