@@ -13,9 +13,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from modeling.config import ConfigError, parse
+from modeling.config import parse
 from modeling.options import ConvertConfig, check_out
-from modeling.system.errors import errors_in_one_line
+from modeling.system.errors import UserError, errors_in_one_line
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="convert")
@@ -25,9 +25,9 @@ def main(values: DictConfig) -> None:
         checkpoint, out = Path(options.checkpoint), Path(options.out)
         check_out(out, options.overwrite)
         if checkpoint.is_dir() and (out.suffix != ".safetensors" or out.is_dir()):
-            raise ConfigError(f"out={out}: must name a file *.safetensors, because checkpoint={checkpoint} is a folder")
+            raise UserError(f"out={out}: must name a file *.safetensors, because checkpoint={checkpoint} is a folder")
         if not checkpoint.is_dir() and out.is_file():
-            raise ConfigError(f"out={out}: must name a folder, because checkpoint={checkpoint} is not one")
+            raise UserError(f"out={out}: must name a folder, because checkpoint={checkpoint} is not one")
 
         from modeling.interchange.pipeline import read_pipeline, write_pipeline
 

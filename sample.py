@@ -16,9 +16,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from modeling.config import ConfigError, parse
+from modeling.config import parse
 from modeling.options import SampleConfig, check_out
-from modeling.system.errors import errors_in_one_line
+from modeling.system.errors import UserError, errors_in_one_line
 from modeling.system.signals import stopping_on_signals
 
 
@@ -29,7 +29,7 @@ def main(values: DictConfig) -> None:
         out = Path(options.out)
         check_out(out, options.overwrite)
         if out.is_dir() and not (out / "identity.json").exists():
-            raise ConfigError(f"out={out}: this folder does not hold samples, so it is not replaced")
+            raise UserError(f"out={out}: this folder does not hold samples, so it is not replaced")
         with stopping_on_signals():
             from modeling.images import save_grid
             from modeling.measures.explain import COLUMNS, denoising_path, interpolation

@@ -20,10 +20,6 @@ from modeling.system.errors import UserError
 SchemaType = TypeVar("SchemaType", bound=BaseModel)
 
 
-class ConfigError(UserError):
-    """What is wrong with a configuration, one line for each error."""
-
-
 PositiveInt = Annotated[int, Field(gt=0)]
 HiddenSize = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -220,14 +216,14 @@ def _reject_secrets(values: object, key: str = "") -> None:
     elif isinstance(values, str):
         known = [secret for name in ("WANDB_API_KEY", "HF_TOKEN") if (secret := os.environ.get(name))]
         if _SECRET.search(values) or any(secret in values for secret in known):
-            raise ConfigError(f"{key}: looks like an API key, which runs write into their files: use `wandb login`")
+            raise UserError(f"{key}: looks like an API key, which runs write into their files: use `wandb login`")
 
 
 def parse(values: DictConfig | ListConfig | dict, schema: type[SchemaType] = Config) -> SchemaType:
     """Checks composed values against the schema.
 
     Raises:
-        ConfigError: one line for each error, with the key, what was got and what was expected.
+        UserError: one line for each error, with the key, what was got and what was expected.
     """
     try:
         is_plain = isinstance(values, dict)
@@ -235,9 +231,9 @@ def parse(values: DictConfig | ListConfig | dict, schema: type[SchemaType] = Con
         _reject_secrets(plain)
         return schema.model_validate(plain)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise UserError(str(error).splitlines()[0]) from error
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_line(entry, schema) for entry in error.errors()))) from error
+        raise UserError("\n".join(dict.fromkeys(_line(entry, schema) for entry in error.errors()))) from error
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -5,17 +5,18 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modeling.config import Config, ConfigError, HiddenSize, Machine, PositiveFloat, PositiveInt, Section, Text
+from modeling.config import Config, HiddenSize, Machine, PositiveFloat, PositiveInt, Section, Text
+from modeling.system.errors import UserError
 
 
 def check_out(out: Path, overwrite: bool) -> None:
     """Rejects an output that exists, unless it may be replaced.
 
     Raises:
-        ConfigError: with the remedy.
+        UserError: with the remedy.
     """
     if out.exists() and not overwrite:
-        raise ConfigError(f"out={out}: exists already; name another one or set overwrite=true")
+        raise UserError(f"out={out}: exists already; name another one or set overwrite=true")
 
 
 class Sampling(Machine):

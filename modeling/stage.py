@@ -9,23 +9,24 @@ from typing import Any, NotRequired, TypedDict
 
 from omegaconf import DictConfig, OmegaConf
 
-from modeling.config import Config, ConfigError, Dataset, parse
+from modeling.config import Config, Dataset, parse
+from modeling.system.errors import UserError
 
 
 def parse_stage(values: DictConfig) -> Config:
     """`parse` for the scripts that are DVC stages: inside DVC they run on exactly what params.yaml says.
 
     Raises:
-        ConfigError: also where DVC would record other values than the ones that run.
+        UserError: also where DVC would record other values than the ones that run.
     """
     config = parse(values)
     if "DVC_STAGE" in os.environ:
         if config != parse(OmegaConf.load("params.yaml")):
-            raise ConfigError(
+            raise UserError(
                 "inside a DVC stage the values must be those of params.yaml: use `dvc exp run -S key=value`"
             )
         if config.runtime.resume not in ("auto", "never"):
-            raise ConfigError(
+            raise UserError(
                 f"runtime.resume={config.runtime.resume}: a recorded stage cannot start from a file that DVC does not "
                 "know, expected auto or never"
             )
@@ -78,7 +79,7 @@ def read_manifest(dataset: Dataset) -> Manifest:
     """The manifest of the prepared data.
 
     Raises:
-        ConfigError: when the data is not prepared, or not as configured; names the command to run.
+        UserError: when the data is not prepared, or not as configured; names the command to run.
     """
     folder = dataset.folder
     command = f"python prepare_data.py dataset={dataset.name}"
@@ -92,9 +93,9 @@ def read_manifest(dataset: Dataset) -> Manifest:
         if not found or not all(isinstance(manifest["files"][f"{split}.npy"]["sha256"], str) for split in _SPLITS):
             raise ValueError("it describes no data")
     except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no prepared data: run `{command}`") from None
+        raise UserError(f"{folder} holds no prepared data: run `{command}`") from None
     except (ValueError, TypeError, KeyError):
-        raise ConfigError(f"{folder}/manifest.json is damaged: run `{command}`") from None
+        raise UserError(f"{folder}/manifest.json is damaged: run `{command}`") from None
     if found != wanted:
-        raise ConfigError(f"{folder} was prepared with {found}, not with {wanted}: run `{command}`")
+        raise UserError(f"{folder} was prepared with {found}, not with {wanted}: run `{command}`")
     return manifest

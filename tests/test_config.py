@@ -6,8 +6,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from modeling.config import Config, ConfigError, parse, to_yaml
+from modeling.config import Config, parse, to_yaml
 from modeling.options import SampleConfig
+from modeling.system.errors import UserError
 from tests.helpers import ROOT, leaves
 
 GROUPS = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").glob("*/*.yaml"))
@@ -134,7 +135,7 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
 )  # fmt: skip
 @pytest.mark.fault("wrong input")
 def test_a_wrong_value_is_one_line_with_key_value_and_expectation(compose_config, overrides, lines):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         parse(compose_config(*overrides))
     found = str(caught.value).splitlines()
     assert len(found) == len(lines)
@@ -143,7 +144,7 @@ def test_a_wrong_value_is_one_line_with_key_value_and_expectation(compose_config
 
 
 def test_a_missing_required_value_is_named(compose_config):
-    with pytest.raises(ConfigError, match="checkpoint"):
+    with pytest.raises(UserError, match="checkpoint"):
         parse(compose_config(name="sample"), SampleConfig)
 
 
@@ -170,7 +171,7 @@ KEYS = ["0123456789abcdef" * 2 + "01234567", "wandb_v1_" + "Ab3" * 20, "hf_" + "
 )
 @pytest.mark.fault("API key")
 def test_an_api_key_anywhere_is_rejected_and_not_repeated(compose_config, secret, override):
-    with pytest.raises(ConfigError, match="looks like an API key") as caught:
+    with pytest.raises(UserError, match="looks like an API key") as caught:
         parse(compose_config(override.format(secret)))
     assert secret not in str(caught.value)
 
@@ -178,7 +179,7 @@ def test_an_api_key_anywhere_is_rejected_and_not_repeated(compose_config, secret
 @pytest.mark.fault("API key")
 def test_the_key_in_the_environment_is_rejected_whatever_it_looks_like(compose_config, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "local-short-key")
-    with pytest.raises(ConfigError, match=r"wandb\.name: looks like an API key"):
+    with pytest.raises(UserError, match=r"wandb\.name: looks like an API key"):
         parse(compose_config("wandb.name=${oc.env:WANDB_API_KEY}"))
 
 

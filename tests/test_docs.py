@@ -23,8 +23,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from modeling.config import Config, ConfigError, parse
+from modeling.config import Config, parse
 from modeling.options import ConvertConfig, EncoderConfig, EvaluateConfig, SampleConfig
+from modeling.system.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,7 +60,7 @@ class Parsed(Exception):
     """Ends a script as soon as its parser has accepted the arguments."""
 
 
-REJECTIONS = (Wrong, ConfigError, HydraException, DvcParserError, pytest.UsageError, SystemExit, SubprocessError)
+REJECTIONS = (Wrong, UserError, HydraException, DvcParserError, pytest.UsageError, SystemExit, SubprocessError)
 
 # ---- commands: a function for each program, which raises an error for wrong arguments
 

@@ -11,10 +11,11 @@ from safetensors.torch import save
 
 import sample
 from modeling.checkpoint import load_weights
-from modeling.config import ConfigError, parse
+from modeling.config import parse
 from modeling.measures import trained
 from modeling.measures.sample_files import read_samples
 from modeling.samplers import Ancestral
+from modeling.system.errors import UserError
 from tests.helpers import ended_after, ends_in_error, run_script
 
 pytestmark = pytest.mark.numeric
@@ -131,7 +132,7 @@ def test_a_configuration_inside_a_file_can_do_no_harm(finished_run, tmp_path, ki
 
 @pytest.mark.fault("hostile config")
 def test_a_key_that_names_code_is_unknown(compose_config):
-    with pytest.raises(ConfigError, match="_target_: unknown key"):
+    with pytest.raises(UserError, match="_target_: unknown key"):
         parse(compose_config("+model._target_=os.system"))
 
 

@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from modeling.config import ConfigError, parse
+from modeling.config import parse
 from modeling.stage import parse_stage, read_manifest, repository
+from modeling.system.errors import UserError
 from tests.helpers import ROOT, dataset
 
 
 def test_data_that_is_not_prepared_names_the_command(compose_config, tmp_path, tiny_data):
     config = parse(compose_config("dataset=shapes", "dataset.num_images=256", f"dataset.root={tmp_path}"))
     command = f"python prepare_data.py dataset=shapes dataset.root={tmp_path} dataset.num_images=256 dataset.seed=0"
-    with pytest.raises(ConfigError, match=f"holds no prepared data: run `{command}`"):
+    with pytest.raises(UserError, match=f"holds no prepared data: run `{command}`"):
         read_manifest(config.dataset)
     config = parse(compose_config("dataset=shapes", "dataset.num_images=256", f"dataset.root={tiny_data}"))
-    with pytest.raises(ConfigError, match=r"was prepared with .*64.* not with .*256.*: run `python prepare_data.py"):
+    with pytest.raises(UserError, match=r"was prepared with .*64.* not with .*256.*: run `python prepare_data.py"):
         read_manifest(config.dataset)
 
 
@@ -25,14 +26,14 @@ def test_a_damaged_manifest_names_the_command(tmp_path, text):
     section = dataset("shapes", tmp_path, seed=0)
     section.folder.mkdir()
     (section.folder / "manifest.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"manifest\.json is damaged: run `python prepare_data\.py dataset=shapes"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: run `python prepare_data\.py dataset=shapes"):
         read_manifest(section)
 
 
 @pytest.mark.parametrize("pictures", ["/a/b-1.0", "/a/my pictures", "it's (2), $x", "été/~a=b", '"'])
 def test_the_command_that_an_error_names_sets_the_very_value(compose_config, tmp_path, pictures):
     values = dataset("folder", tmp_path, pictures=pictures, num_images=3)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         read_manifest(values)
     _, script, *overrides = shlex.split(str(caught.value).partition("`")[2].removesuffix("`"))
     assert script == "prepare_data.py"
@@ -43,7 +44,7 @@ def test_only_params_yaml_runs_inside_a_dvc_stage(compose_config, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DVC_STAGE", "train")
     parse_stage(compose_config())
-    with pytest.raises(ConfigError, match=r"must be those of params\.yaml"):
+    with pytest.raises(UserError, match=r"must be those of params\.yaml"):
         parse_stage(compose_config("optimizer.lr=0.5"))
 
 
@@ -51,7 +52,7 @@ def test_a_recorded_stage_starts_from_no_file(compose_config, monkeypatch, tmp_p
     monkeypatch.setenv("DVC_STAGE", "train")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("resume: auto", "resume: a.pt"))
-    with pytest.raises(ConfigError, match="runtime.resume=a.pt: a recorded stage cannot start from a file"):
+    with pytest.raises(UserError, match="runtime.resume=a.pt: a recorded stage cannot start from a file"):
         parse_stage(compose_config("runtime.resume=a.pt"))
 
 

@@ -37,10 +37,6 @@ _TIMEOUT_SECONDS = 10
 _CHUNK_BYTES = 1 << 20
 
 
-class PreparationError(UserError):
-    """Data cannot be prepared; the message names the remedy."""
-
-
 class _ArrayUnpickler(pickle.Unpickler):  # noqa: TID251
     """Admits what an array in a Python 2 pickle consists of; rejects any other name."""
 
@@ -77,7 +73,7 @@ def read_members(archive: Path) -> dict[str, bytes]:
     """The contents of the archive's seven data files, each verified by its SHA-256.
 
     Raises:
-        PreparationError: for a damaged archive, a missing or altered member, or one that points outside.
+        UserError: for a damaged archive, a missing or altered member, or one that points outside.
     """
     members: dict[str, bytes] = {}
     try:
@@ -85,9 +81,9 @@ def read_members(archive: Path) -> dict[str, bytes]:
             for count, info in enumerate(tar):
                 # The filter rejects what points outside, and devices; it would only make an absolute name relative.
                 if tarfile.data_filter(info, str(archive.parent.resolve())).name != info.name:
-                    raise PreparationError(f"{archive}: {info.name} points outside")
+                    raise UserError(f"{archive}: {info.name} points outside")
                 if count >= _MAX_MEMBERS or info.size > _MAX_MEMBER_BYTES:
-                    raise PreparationError(f"{archive}: {info.name} ({info.size} bytes) is too much for CIFAR-10")
+                    raise UserError(f"{archive}: {info.name} ({info.size} bytes) is too much for CIFAR-10")
                 folder, _, name = info.name.partition("/")
                 if folder == _FOLDER and name in MEMBER_SHA256 and info.isfile():
                     file = tar.extractfile(info)
@@ -95,11 +91,11 @@ def read_members(archive: Path) -> dict[str, bytes]:
                     members[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         reason = str(error) or type(error).__name__
-        raise PreparationError(f"{archive} cannot be read ({reason}): delete it and {_remedy(archive)}") from error
+        raise UserError(f"{archive} cannot be read ({reason}): delete it and {_remedy(archive)}") from error
     for name, expected in MEMBER_SHA256.items():
         digest = hashlib.sha256(members[name]).hexdigest() if name in members else "missing"
         if digest != expected:
-            raise PreparationError(
+            raise UserError(
                 f"{archive}: {_FOLDER}/{name} is not the official file (SHA-256 {digest}, expected {expected}): "
                 f"delete the archive and {_remedy(archive)}"
             )
@@ -112,7 +108,7 @@ def download(urls: Sequence[str], archive: Path) -> None:
     It grows as `<archive>.part` and takes its name when it is complete.
 
     Raises:
-        PreparationError: when no address delivers it, with the reason of each.
+        UserError: when no address delivers it, with the reason of each.
     """
     archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_name(archive.name + ".part")
@@ -126,7 +122,7 @@ def download(urls: Sequence[str], archive: Path) -> None:
             reasons.append(f"{url}: {error}")
         finally:
             part.unlink(missing_ok=True)
-    raise PreparationError(f"CIFAR-10 could not be downloaded ({'; '.join(reasons)}): {_remedy(archive)}")
+    raise UserError(f"CIFAR-10 could not be downloaded ({'; '.join(reasons)}): {_remedy(archive)}")
 
 
 def _download_one(url: str, part: Path) -> None:
@@ -148,7 +144,7 @@ def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[np.ndarray, np.nda
     """Training images (50000, 3, 32, 32) and test images (10000, 3, 32, 32), uint8; downloads a missing archive.
 
     Raises:
-        PreparationError: when the archive is missing and no address delivers it, or it is not the official data.
+        UserError: when the archive is missing and no address delivers it, or it is not the official data.
     """
     if not archive.is_file():
         with locked(archive.with_name(f".{archive.name}.lock"), wait=True):
@@ -164,7 +160,7 @@ def load_labels(archive: Path) -> tuple[np.ndarray, np.ndarray]:
     """The classes 0..9 of the training images (50000,) and of the test images (10000,), int64, in their order.
 
     Raises:
-        PreparationError: when the archive is missing or not the official data.
+        UserError: when the archive is missing or not the official data.
     """
     members = read_members(archive)
     batches = {name: unpickle_batch(members[name])[b"labels"] for name in members if name != "batches.meta"}

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from modeling import IMAGE_SIZE
-from modeling.datasets.cifar10 import PreparationError
 from modeling.stage import PictureFacts
+from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
 from modeling.system.progress import progress_bar
 
@@ -44,7 +44,7 @@ def find_pictures(folder: Path) -> list[Path]:
     Hidden files and folders, other suffixes and symbolic links are ignored.
 
     Raises:
-        PreparationError: when there is no such folder.
+        UserError: when there is no such folder.
         OSError: for a folder in it that cannot be read.
     """
 
@@ -52,7 +52,7 @@ def find_pictures(folder: Path) -> list[Path]:
         raise error
 
     if not folder.is_dir():
-        raise PreparationError(f"dataset.pictures={folder}: there is no such folder")
+        raise UserError(f"dataset.pictures={folder}: there is no such folder")
     found = []
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -73,7 +73,7 @@ def sha256_of_pictures(folder: Path) -> str:
     """SHA-256 over the pictures' relative paths and contents, by which a change is noticed.
 
     Raises:
-        PreparationError, OSError: as `find_pictures`; OSError also for a picture that cannot be read.
+        UserError, OSError: as `find_pictures`; OSError also for a picture that cannot be read.
     """
     digest = hashlib.sha256()
     for path in progress_bar(find_pictures(folder), desc="verifying pictures"):
@@ -147,7 +147,7 @@ def load_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, PictureFacts]:
         that of `sha256_of_pictures`.
 
     Raises:
-        PreparationError: when pictures cannot be used, naming the first ones and why; or fewer than two differ.
+        UserError: when pictures cannot be used, naming the first ones and why; or fewer than two differ.
         OSError: for a folder in it that cannot be read.
     """
     paths, digest = find_pictures(folder), hashlib.sha256()
@@ -165,9 +165,9 @@ def load_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, PictureFacts]:
     if rejected:
         more = [f"and {len(rejected) - _MAX_NAMED} more"] if len(rejected) > _MAX_NAMED else []
         head = f"dataset.pictures={folder}: {len(rejected)} of {len(paths)} pictures cannot be used, remove them:"
-        raise PreparationError("\n  ".join([head, *rejected[:_MAX_NAMED], *more]))
+        raise UserError("\n  ".join([head, *rejected[:_MAX_NAMED], *more]))
     if len(images) < 2:
-        raise PreparationError(
+        raise UserError(
             f"dataset.pictures={folder}: {len(paths)} pictures ({' '.join(SUFFIXES)}; not hidden, no links), "
             f"{len(images)} of them different, at least 2 needed"
         )

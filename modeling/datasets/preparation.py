@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from modeling.config import Dataset
-from modeling.datasets.cifar10 import PreparationError, load_cifar10
+from modeling.datasets.cifar10 import load_cifar10
 from modeling.datasets.pictures import load_pictures, sha256_of_pictures
 from modeling.datasets.shapes import draw_shapes
 from modeling.stage import Facts, Manifest, repository
+from modeling.system.errors import UserError
 from modeling.system.files import locked, npy_bytes, sha256_of
 from modeling.system.progress import progress_bar
 
@@ -125,9 +126,7 @@ def _files(dataset: Dataset) -> dict[str, bytes]:
     """What the folder will hold: both arrays, and the manifest that describes them."""
     train, test, facts = _LOADERS[dataset.name](dataset)
     if dataset.num_images is not None and dataset.num_images > len(train):
-        raise PreparationError(
-            f"dataset.num_images must be at most {len(train)} for {dataset.name}, got {dataset.num_images}"
-        )
+        raise UserError(f"dataset.num_images must be at most {len(train)} for {dataset.name}, got {dataset.num_images}")
     arrays = {"train.npy": train[: dataset.num_images], "test.npy": test}
     files = {file: npy_bytes(array) for file, array in arrays.items()}
     manifest: Manifest = {
@@ -158,7 +157,7 @@ def prepare(dataset: Dataset) -> tuple[Manifest, bool]:
         The manifest, and whether anything was written. What the folder held before is replaced as a whole.
 
     Raises:
-        PreparationError: when the data cannot be loaded or stored, with the remedy; what was there before stays.
+        UserError: when the data cannot be loaded or stored, with the remedy; what was there before stays.
     """
     folder = dataset.folder
     try:
@@ -171,7 +170,7 @@ def prepare(dataset: Dataset) -> tuple[Manifest, bool]:
                     _replace_folder(folder, files)
     except OSError as error:
         place = error.filename or folder
-        raise PreparationError(
+        raise UserError(
             f"{place}: {error.strerror or error}: free some space or change its permissions, "
             "or set dataset.root (prepared data) or dataset.archive (the archive) to another place"
         ) from error

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
 from modeling.checkpoint import CheckpointError, export_weights, load_tensors, load_weights, reading
-from modeling.config import Config, ConfigError, parse
+from modeling.config import Config, parse
 from modeling.interchange.network import from_diffusers, to_diffusers
 from modeling.interchange.scheduler import diffusion_arguments, scheduler_config
 from modeling.system.errors import UserError
@@ -36,7 +36,7 @@ def write_pipeline(checkpoint: str, folder: Path) -> None:
     stored, weights = load_weights(checkpoint)
     config = parse(stored, Config)
     if config.model.name != "ddpm":
-        raise ConfigError(f"model.name must be ddpm for diffusers, got {config.model.name}")
+        raise UserError(f"model.name must be ddpm for diffusers, got {config.model.name}")
     process = config.diffusion.model_dump(include={"num_timesteps", "schedule", "betas", "prediction"})
     scheduler = scheduler_config(**process)
     unet, weights = to_diffusers(config.model.model_dump(exclude={"name"}) | IMAGE, weights)

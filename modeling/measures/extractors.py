@@ -21,10 +21,6 @@ OFFICIAL_SHA256 = "6726825d"  # the first digits, from the name of torch-fidelit
 _TIMEOUT_SECONDS = 10
 
 
-class WeightsError(UserError):
-    """The extractor's weights are not available or not to be trusted; the message names the remedy."""
-
-
 @dataclass(frozen=True)
 class Extractor:
     """A network that makes features of images."""
@@ -46,11 +42,11 @@ def _download_inception(url: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), OFFICIAL_SHA256)
         except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last for another hash
-            raise WeightsError(f"inception_weights=null, and {url} cannot be downloaded ({error}): {remedy}") from error
+            raise UserError(f"inception_weights=null, and {url} cannot be downloaded ({error}): {remedy}") from error
         finally:
             socket.setdefaulttimeout(timeout)
     if not sha256_of(path).startswith(OFFICIAL_SHA256):
-        raise WeightsError(f"{path} is not {url}, its SHA-256 differs: delete it, or {remedy}")
+        raise UserError(f"{path} is not {url}, its SHA-256 differs: delete it, or {remedy}")
     return path
 
 
@@ -61,14 +57,14 @@ def load_inception(inception_weights: str | Path | None = None, device: torch.de
         inception_weights: a file; None: torch-fidelity's own, downloaded (95 MB) unless it is in torch.hub's folder.
 
     Raises:
-        WeightsError: for weights that are not available, hold more than tensors, or are another network's.
+        UserError: for weights that are not available, hold more than tensors, or are another network's.
         OSError: for a file that cannot be read.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     path = _download_inception(URL_INCEPTION_V3) if inception_weights is None else Path(inception_weights)
     if not path.is_file():
-        raise WeightsError(f"inception_weights={path}: there is no such file; null downloads {URL_INCEPTION_V3}")
+        raise UserError(f"inception_weights={path}: there is no such file; null downloads {URL_INCEPTION_V3}")
     content = path.read_bytes()  # once: what is hashed is what is loaded
     sha256 = hashlib.sha256(content).hexdigest()
     # torch-fidelity would unpickle the file without restraint: it gets a copy that we made of the tensors.
@@ -76,14 +72,14 @@ def load_inception(inception_weights: str | Path | None = None, device: torch.de
     try:
         torch.save(load_tensors(path, content), trusted)
     except CheckpointError as error:
-        raise WeightsError(f"inception_weights={error}") from error
+        raise UserError(f"inception_weights={error}") from error
     trusted.seek(0)
     layers = ["2048", "logits_unbiased"]
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=trusted)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]  # of hundreds of missing weights
-        raise WeightsError(f"inception_weights={path}: not torch-fidelity's Inception ({reason})") from error
+        raise UserError(f"inception_weights={path}: not torch-fidelity's Inception ({reason})") from error
     name = "inception-2015" if sha256.startswith(OFFICIAL_SHA256) else "inception"
     device = torch.device(device)
     return Extractor(name, sha256, device, network.to(device))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
 from modeling.checkpoint import load_weights
-from modeling.config import Config, ConfigError, parse
+from modeling.config import Config, parse
 from modeling.diffusion import DiffusionModel
 from modeling.images import to_model_range, to_uint8
 from modeling.measures.linear_denoiser import fit_linear_denoiser
@@ -18,6 +18,7 @@ from modeling.options import Sampling
 from modeling.runtime import check_finite, place
 from modeling.samplers import Sampler, sample_images
 from modeling.schedules import linear_betas, schedule_tables
+from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
 from modeling.system.progress import progress_bar
 
@@ -35,7 +36,7 @@ class TrainedModel:
         identity: of its weights, plain values.
 
     Raises:
-        ConfigError: for options that the machine or the model does not have.
+        UserError: for options that the machine or the model does not have.
     """
 
     def __init__(self, options: Sampling, model: DiffusionModel, identity: dict):
@@ -43,7 +44,7 @@ class TrainedModel:
         self.options = options
         self.num_steps = model.num_timesteps if options.num_steps is None else options.num_steps
         if self.num_steps > model.num_timesteps:
-            raise ConfigError(f"num_steps must be at most {model.num_timesteps}, got {options.num_steps}")
+            raise UserError(f"num_steps must be at most {model.num_timesteps}, got {options.num_steps}")
         self.sampler = Sampler(options.sampler, self.num_steps, options.clip_x0, options.variance, options.eta)
         self.model = place(model, self.device)
         default = 512 if self.device.type == "cuda" else 64
@@ -99,7 +100,7 @@ def load_trained(options: Sampling) -> tuple[TrainedModel, Config]:
     digest = sha256_of(path) if path.is_file() else None
     stored, weights = load_weights(path, options.weights)
     if sha256_of(path) != digest:
-        raise ConfigError(f"checkpoint={path}: was replaced by a run while it was read: try again")
+        raise UserError(f"checkpoint={path}: was replaced by a run while it was read: try again")
     config = parse(stored, Config)
     identity = {"checkpoint": path.name, "checkpoint_sha256": digest, "weights": options.weights}
     return TrainedModel(options, build.build_trained_model(config, weights), identity), config

@@ -27,10 +27,6 @@ class _Marker(TypedDict):
     wandb_id: str
 
 
-class RunError(UserError):
-    """A run that cannot be started or resumed, and why."""
-
-
 class RunFolder:
     """The folder of one run.
 
@@ -68,7 +64,7 @@ class RunFolder:
         """Makes this run the owner of the folder, and this process the only one that works in it.
 
         Raises:
-            RunError: if the folder holds another run or other files, or another process works in it; nothing changes.
+            UserError: if the folder holds another run or other files, or another process works in it; nothing changes.
         """
         self._check_owner()
         try:
@@ -78,7 +74,7 @@ class RunFolder:
                 self._mark()
                 yield
         except LockedError as error:
-            raise RunError(f"{self.path}: {error}; wait for it, or set runtime.output_dir to another folder") from None
+            raise UserError(f"{self.path}: {error}; wait for it, or set runtime.output_dir to another folder") from None
 
     def _read(self, path: Path, *keys: str) -> Any:
         """A JSON file of the folder, which must have these keys; None if there is no such file."""
@@ -89,7 +85,7 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error}): delete {self.path}, or set runtime.output_dir") from error
+            raise UserError(f"{path} is damaged ({error}): delete {self.path}, or set runtime.output_dir") from error
         return content
 
     def _read_marker(self) -> _Marker | None:
@@ -102,11 +98,11 @@ class RunFolder:
         remedy = "set runtime.output_dir to another folder"
         if found is not None:
             how = describe_differences(differences(found["identity"], self.identity), "that run")
-            raise RunError(f"{self.path} holds the run {found['run']}, not {self.name} ({how}): {remedy}")
+            raise UserError(f"{self.path} holds the run {found['run']}, not {self.name} ({how}): {remedy}")
         if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is not a folder: {remedy}")
+            raise UserError(f"{self.path} is not a folder: {remedy}")
         if self.path.exists() and any(not _is_ours(entry.name) for entry in self.path.iterdir()):
-            raise RunError(f"{self.path} holds other files, not {self.name}: {remedy}")
+            raise UserError(f"{self.path} holds other files, not {self.name}: {remedy}")
 
     def _mark(self) -> None:
         found = self._read_marker()
@@ -148,7 +144,7 @@ class RunFolder:
         """The newest valid checkpoint of this run, with one warning if it is not the last; None without checkpoints.
 
         Raises:
-            RunError: if there are checkpoints and none is valid.
+            UserError: if there are checkpoints and none is valid.
         """
         problems = []
         for path in self._checkpoints():
@@ -166,7 +162,7 @@ class RunFolder:
             self._last_step = step if path == self.last_checkpoint else None
             return content
         if problems:
-            raise RunError(
+            raise UserError(
                 f"{'; '.join(problems)}; no valid checkpoint is left: delete {self.path} to start from scratch"
             )
         return None

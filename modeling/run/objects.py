@@ -14,13 +14,14 @@ from modeling.data import load_images
 from modeling.ema import Ema
 from modeling.heldout import denoising_loss
 from modeling.run.bookkeeping import Bookkeeping, TrainState
-from modeling.run.folder import RunError, RunFolder, describe_state
+from modeling.run.folder import RunFolder, describe_state
 from modeling.run.identity import describe_differences, differences
 from modeling.run.records import Tracker, write_csv
 from modeling.run.step import Step
 from modeling.runtime import peak_memory_bytes, place, resolve_micro_batch_size
 from modeling.samplers import Sampler, sample_images
 from modeling.stage import Manifest
+from modeling.system.errors import UserError
 from modeling.system.files import sha256_of, write_json
 from modeling.system.progress import progress_bar
 from modeling.training import generate_samples
@@ -100,7 +101,7 @@ class Run:
             origin: the checkpoint named by `runtime.resume`, if one is.
 
         Raises:
-            RunError: if none of the folder's checkpoints is valid, or one does not fit.
+            UserError: if none of the folder's checkpoints is valid, or one does not fit.
         """
         content = self.folder.load_newest() or origin
         if content is None:
@@ -112,7 +113,7 @@ class Run:
             load_fitting(self.ema.module, content["ema"], name)
             load_fitting(self.optimizer, content["optimizer"], name)
         except (CheckpointError, TypeError) as error:
-            raise RunError(f"the checkpoint cannot be resumed: {error}") from error
+            raise UserError(f"the checkpoint cannot be resumed: {error}") from error
         if changed := differences(content["about"].get("environment", {}), self.environment):
             how = describe_differences(changed, "checkpoint")
             print(

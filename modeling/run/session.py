@@ -11,7 +11,7 @@ from modeling import build
 from modeling.checkpoint import Checkpoint, CheckpointError, export_weights, load_checkpoint
 from modeling.config import Config, to_yaml
 from modeling.images import save_grid
-from modeling.run.folder import RunError, RunFolder, describe_state
+from modeling.run.folder import RunFolder, describe_state
 from modeling.run.identity import (
     Identity,
     code_sha256,
@@ -25,6 +25,7 @@ from modeling.run.loop import Training
 from modeling.run.objects import Run
 from modeling.run.records import build_tracker
 from modeling.stage import Manifest
+from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
 from modeling.system.signals import Stopped
 
@@ -38,7 +39,7 @@ def _identify(config: Config, last_step: int, data_sha256: str) -> tuple[Identit
     """The run's identity, and the checkpoint that `runtime.resume` names, if it names one.
 
     Raises:
-        RunError: for a file that is no checkpoint, one of another architecture, data set or seed, or a later step.
+        UserError: for a file that is no checkpoint, one of another architecture, data set or seed, or a later step.
     """
     identity, resume = identify(config, last_step, data_sha256, code_sha256()), config.runtime.resume
     if resume in ("auto", "never"):
@@ -47,17 +48,17 @@ def _identify(config: Config, last_step: int, data_sha256: str) -> tuple[Identit
         origin = load_checkpoint(resume)
         origin_identity, origin_name = origin["about"]["identity"], describe_state(origin)
     except (CheckpointError, OSError, KeyError) as error:
-        raise RunError(f"runtime.resume={resume}: {error}") from error
+        raise UserError(f"runtime.resume={resume}: {error}") from error
     changed = differences(origin_identity, identity)
     must_match = tuple(f"{name}." for name in MUST_MATCH)
     rejected = {key: pair for key, pair in changed.items() if f"{key}.".startswith(must_match)}
     if rejected:
-        raise RunError(
+        raise UserError(
             f"runtime.resume={resume}: this checkpoint belongs to another run and cannot be resumed "
             f"({describe_differences(rejected, 'checkpoint')})"
         )
     if origin["state"]["step"] > last_step:
-        raise RunError(
+        raise UserError(
             f"runtime.resume={resume}: this checkpoint is at step {origin['state']['step']:,}, after the end of the "
             f"run ({last_step:,} steps)"
         )
@@ -93,7 +94,7 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
     with folder.claimed():
         finished_at = folder.finished_at()
         if config.runtime.resume == "never" and finished_at is not None:
-            raise RunError(
+            raise UserError(
                 f"runtime.resume=never: {path} holds this run, finished: delete it, or set runtime.output_dir to "
                 "another folder"
             )
@@ -103,14 +104,14 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
         run = Run(config, manifest, last_step, folder, *machine)
         run.load(origin)
         if config.runtime.resume == "never" and run.state.step:
-            raise RunError(
+            raise UserError(
                 f"runtime.resume=never: {path} holds this run up to step {run.state.step}: delete it, or set "
                 "runtime.output_dir to another folder"
             )
         if run.state.step > last_step:
             longer = f"{path} holds this run with {run.state.step} steps, more than the {last_step} asked for"
             if not replace:
-                raise RunError(f"{longer}: set runtime.output_dir to another folder")
+                raise UserError(f"{longer}: set runtime.output_dir to another folder")
             print(f"{longer}: starting from scratch")
             folder.clear()
             run = Run(config, manifest, last_step, folder, *machine)

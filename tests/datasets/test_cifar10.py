@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from modeling.datasets import cifar10
-from modeling.datasets.cifar10 import PreparationError, download, read_members, unpickle_batch
+from modeling.datasets.cifar10 import download, read_members, unpickle_batch
 from modeling.datasets.preparation import prepare
+from modeling.system.errors import UserError
 from tests.datasets.archives import CONTENTS, batch, small, write_archive
 from tests.helpers import ROOT, Payload
 
@@ -30,7 +31,7 @@ def test_an_archive_becomes_arrays_in_its_order(tmp_path, archive):
 def test_num_images_takes_the_first_and_rejects_more_than_available(tmp_path, archive):
     manifest, _ = prepare(small(tmp_path, archive, num_images=6))
     assert manifest["files"]["train.npy"]["count"] == 6
-    with pytest.raises(PreparationError, match=r"num_images must be at most 20 .* got 21"):
+    with pytest.raises(UserError, match=r"num_images must be at most 20 .* got 21"):
         prepare(small(tmp_path, archive, num_images=21))
 
 
@@ -54,7 +55,7 @@ def test_a_damaged_or_altered_archive_is_rejected_with_the_remedy(tmp_path, arch
         write_archive(archive, CONTENTS | {"data_batch_3": batch(4, 33)})
     else:
         write_archive(archive, {name: content for name, content in CONTENTS.items() if name != "test_batch"})
-    with pytest.raises(PreparationError, match=r"archive\.tar\.gz.*set dataset\.archive"):
+    with pytest.raises(UserError, match=r"archive\.tar\.gz.*set dataset\.archive"):
         prepare(small(tmp_path / "data", archive))
     assert not (tmp_path / "data").exists()
 
@@ -68,7 +69,7 @@ def test_a_pickle_payload_is_not_executed(tmp_path, small_cifar10, monkeypatch, 
     if has_official_hash:
         monkeypatch.setitem(cifar10.MEMBER_SHA256, "data_batch_1", hashlib.sha256(evil).hexdigest())
     archive = write_archive(tmp_path / "evil.tar.gz", CONTENTS | {"data_batch_1": evil})
-    with pytest.raises(PreparationError if not has_official_hash else pickle.UnpicklingError):
+    with pytest.raises(UserError if not has_official_hash else pickle.UnpicklingError):
         prepare(small(tmp_path, archive))
     assert not canary.exists()
 
@@ -105,7 +106,7 @@ def test_hostile_members_are_rejected_and_nothing_is_written(tmp_path, small_cif
     folder.mkdir()
     archive = write_archive(folder / "hostile.tar.gz", CONTENTS, extra)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(PreparationError, match="hostile.tar.gz"):
+    with pytest.raises(UserError, match="hostile.tar.gz"):
         read_members(archive)
     assert sorted(tmp_path.rglob("*")) == before
     assert not Path("/tmp/ddpm-outside").exists()
@@ -125,7 +126,7 @@ def test_a_missing_archive_is_downloaded_with_a_bar(tmp_path, archive, server, c
 @pytest.mark.fault("hostile archive")
 def test_a_part_is_never_taken_for_the_whole(tmp_path, server):
     target = tmp_path / "downloads" / "cifar.tar.gz"
-    with pytest.raises(PreparationError, match=r"the connection ended after \d+ of \d+ bytes.*dataset\.archive"):
+    with pytest.raises(UserError, match=r"the connection ended after \d+ of \d+ bytes.*dataset\.archive"):
         prepare(small(tmp_path, target, [f"{server}/cut"]))
     assert [entry.name for entry in target.parent.iterdir()] == [f".{target.name}.lock"]
 
@@ -158,7 +159,7 @@ def test_two_downloads_at_once_make_one_valid_copy(tmp_path, archive, server):
 @pytest.mark.fault("hostile archive")
 def test_an_error_without_network_names_every_address_and_the_remedy(tmp_path, server):
     closed = "http://127.0.0.1:9/closed"
-    with pytest.raises(PreparationError) as caught:
+    with pytest.raises(UserError) as caught:
         download([closed, f"{server}/nothing"], tmp_path / "cifar.tar.gz")
     remedy = "put the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu"
     for part in (closed, "404", remedy, "dataset.archive"):
@@ -171,7 +172,7 @@ def test_a_full_disk_while_downloading_is_an_error_and_leaves_no_part(tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cifar10.os, "fsync", fail)
-    with pytest.raises(PreparationError, match="No space left on device"):
+    with pytest.raises(UserError, match="No space left on device"):
         download([f"{server}/whole"], tmp_path / "d" / "cifar.tar.gz")
     assert list((tmp_path / "d").iterdir()) == []
 

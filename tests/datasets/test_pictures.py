@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling.datasets.cifar10 import PreparationError
 from modeling.datasets.pictures import read_picture
 from modeling.datasets.preparation import prepare
+from modeling.system.errors import UserError
 from tests.datasets.drawings import drawings, fill, noise, stored
 
 
@@ -157,7 +157,7 @@ def test_a_file_that_is_no_harmless_picture_is_rejected_by_name(tmp_path, name):
     fill(tmp_path / "in", 5)
     (tmp_path / "in" / "deep").mkdir()
     (tmp_path / "in" / "deep" / name).write_bytes(make())
-    with pytest.raises(PreparationError, match=rf"(?s)1 of 6 pictures cannot be used.*\n  deep/{name}: .*({reason})"):
+    with pytest.raises(UserError, match=rf"(?s)1 of 6 pictures cannot be used.*\n  deep/{name}: .*({reason})"):
         prepare(drawings(tmp_path))
     assert not (tmp_path / "folder").exists()
 

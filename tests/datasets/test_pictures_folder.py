@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from modeling.datasets import pictures
-from modeling.datasets.cifar10 import PreparationError
 from modeling.datasets.pictures import find_pictures, load_pictures, split
 from modeling.datasets.preparation import prepare
+from modeling.system.errors import UserError
 from tests.datasets.drawings import as_set, drawings, fill, noise, stored
 from tests.helpers import dataset
 
@@ -58,7 +58,7 @@ def test_duplicates_are_kept_once_and_counted(tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(31, 100), (100, 31), (1, 1)])
 def test_a_picture_is_never_enlarged(tmp_path, height, width):
     stored(noise(height, width), tmp_path / "a.png")
-    with pytest.raises(PreparationError, match=rf"a\.png: {width}x{height} pixels, at least 32x32 needed"):
+    with pytest.raises(UserError, match=rf"a\.png: {width}x{height} pixels, at least 32x32 needed"):
         load_pictures(tmp_path)
 
 
@@ -66,7 +66,7 @@ def test_all_rejected_files_are_counted_and_the_first_are_named(tmp_path):
     fill(tmp_path, 10)
     for number in range(8):
         (tmp_path / f"bad{number}.png").write_bytes(b"bad")
-    with pytest.raises(PreparationError) as caught:
+    with pytest.raises(UserError) as caught:
         load_pictures(tmp_path)
     head, *rest = str(caught.value).splitlines()
     assert head == f"dataset.pictures={tmp_path}: 8 of 18 pictures cannot be used, remove them:"
@@ -89,11 +89,11 @@ def test_a_file_or_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", deny(scandir, "sub"))
-        with pytest.raises(PreparationError, match=r"in/sub: Permission denied"):
+        with pytest.raises(UserError, match=r"in/sub: Permission denied"):
             prepare(drawings(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(pictures, "sha256_of", deny(sha256_of, "7.png"))
-        with pytest.raises(PreparationError, match=r"1 of 10 pictures.*\n  sub/7\.png: Permission denied"):
+        with pytest.raises(UserError, match=r"1 of 10 pictures.*\n  sub/7\.png: Permission denied"):
             prepare(drawings(tmp_path))
 
 
@@ -102,7 +102,7 @@ def test_fewer_than_two_different_pictures_are_no_data_set(tmp_path, count):
     fill(tmp_path, count)
     for copy in "ab"[: 2 * count]:
         stored(noise(32, 32), tmp_path / f"{copy}.bmp")
-    with pytest.raises(PreparationError, match=rf"{3 * count} pictures .*{count} of them different, at least 2 needed"):
+    with pytest.raises(UserError, match=rf"{3 * count} pictures .*{count} of them different, at least 2 needed"):
         load_pictures(tmp_path)
 
 
@@ -110,7 +110,7 @@ def test_fewer_than_two_different_pictures_are_no_data_set(tmp_path, count):
 def test_a_missing_folder_is_an_error_with_the_key(tmp_path, is_file):
     if is_file:
         fill(tmp_path, 1)
-    with pytest.raises(PreparationError, match=r"dataset\.pictures=.*0\.png: there is no such folder"):
+    with pytest.raises(UserError, match=r"dataset\.pictures=.*0\.png: there is no such folder"):
         prepare(dataset("folder", tmp_path, pictures=str(tmp_path / "0.png")))
 
 

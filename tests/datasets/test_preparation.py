@@ -11,8 +11,8 @@ import pytest
 
 from modeling.config import Dataset
 from modeling.datasets import preparation
-from modeling.datasets.cifar10 import PreparationError
 from modeling.datasets.preparation import prepare
+from modeling.system.errors import UserError
 from tests.helpers import dataset
 
 
@@ -83,7 +83,7 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "somewhere")
 
     monkeypatch.setattr(preparation.os, "fsync", fail)
-    with pytest.raises(PreparationError, match=r"No space left.*dataset\.root"):
+    with pytest.raises(UserError, match=r"No space left.*dataset\.root"):
         prepare(shapes(tmp_path, 31))
     monkeypatch.undo()
     assert prepare(shapes(tmp_path))[1] is False
@@ -101,7 +101,7 @@ def test_a_disk_that_fails_between_the_two_renamings_leaves_the_old_folder(tmp_p
             raise OSError(28, "No space left on device", str(target))
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(PreparationError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
         patch.setattr(preparation.os, "replace", fail_once)
         prepare(shapes(tmp_path, 31))
     assert prepare(shapes(tmp_path))[1] is False
@@ -134,5 +134,5 @@ def test_leftovers_of_a_killed_preparation_are_removed(tmp_path, monkeypatch, mo
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(PreparationError, match=r"Permission denied.*dataset\.root"):
+    with pytest.raises(UserError, match=r"Permission denied.*dataset\.root"):
         prepare(shapes(tmp_path, 3))

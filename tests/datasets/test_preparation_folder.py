@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw
 import main
 import prepare_data
 from modeling.config import parse
-from modeling.datasets.cifar10 import PreparationError
 from modeling.datasets.pictures import sha256_of_pictures
 from modeling.datasets.preparation import prepare
 from modeling.stage import read_manifest
+from modeling.system.errors import UserError
 from tests.datasets.drawings import drawings, fill, noise, stored
 from tests.helpers import TINY, dataset, ends_in_error
 
@@ -69,7 +69,7 @@ def test_a_rejected_picture_leaves_what_was_prepared_before(tmp_path):
     prepare(drawings(tmp_path))
     before = {file: file.read_bytes() for file in folder.iterdir()}
     (source / "bad.png").write_bytes(b"bad")
-    with pytest.raises(PreparationError, match="1 of 21 pictures"):
+    with pytest.raises(UserError, match="1 of 21 pictures"):
         prepare(drawings(tmp_path))
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -80,7 +80,7 @@ def test_num_images_limits_the_training_images(tmp_path):
     train = np.load(tmp_path / "folder" / "train.npy")
     prepare(drawings(tmp_path, 5))
     np.testing.assert_array_equal(np.load(tmp_path / "folder" / "train.npy"), train[:5])
-    with pytest.raises(PreparationError, match=f"num_images must be at most {everything} for folder, got 21"):
+    with pytest.raises(UserError, match=f"num_images must be at most {everything} for folder, got 21"):
         prepare(drawings(tmp_path, 21))
 
 

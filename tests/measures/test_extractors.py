@@ -17,8 +17,9 @@ from torch_fidelity.utils import create_feature_extractor
 
 from modeling.measures import extractors
 from modeling.measures.distances import measure_distances
-from modeling.measures.extractors import WeightsError, load_inception
+from modeling.measures.extractors import load_inception
 from modeling.measures.features import extract_features
+from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
 from tests.helpers import Payload, random_images
 
@@ -95,7 +96,7 @@ class Images(torch.utils.data.TensorDataset):
 def test_weights_that_carry_code_are_rejected_and_nothing_runs(tmp_path, write):
     path, canary = tmp_path / "weights.pth", tmp_path / "canary"
     write({"fc.bias": torch.zeros(1008), "code": Payload(canary)}, path)
-    with pytest.raises(WeightsError, match=f"inception_weights={path} is no file of weights, or damaged"):
+    with pytest.raises(UserError, match=f"inception_weights={path} is no file of weights, or damaged"):
         load_inception(path)
     assert not canary.exists()
     if write is torch.save:  # what torch-fidelity alone would do
@@ -116,12 +117,12 @@ def test_weights_that_carry_code_are_rejected_and_nothing_runs(tmp_path, write):
 )
 def test_another_networks_weights_are_rejected(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match=f"inception_weights=.*weights.pth.* {message}"):
+    with pytest.raises(UserError, match=f"inception_weights=.*weights.pth.* {message}"):
         load_inception(tmp_path / "weights.pth")
 
 
 def test_missing_weights_are_named_with_their_address(tmp_path):
-    with pytest.raises(WeightsError, match=r"inception_weights=.*missing.pth: there is no such file.*https://github"):
+    with pytest.raises(UserError, match=r"inception_weights=.*missing.pth: there is no such file.*https://github"):
         load_inception(tmp_path / "missing.pth")
 
 
@@ -143,7 +144,7 @@ def test_without_a_network_the_error_names_address_key_and_remedy(hub, monkeypat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # and does not listen
         url = use_port(monkeypatch, free.getsockname()[1])
-        with pytest.raises(WeightsError, match=f"inception_weights=null, and {url} .*: set inception_weights to"):
+        with pytest.raises(UserError, match=f"inception_weights=null, and {url} .*: set inception_weights to"):
             load_inception()
     assert not list(hub.iterdir())
 
@@ -152,7 +153,7 @@ def test_a_silent_server_is_given_up(hub, monkeypatch):
     monkeypatch.setattr(extractors, "_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use_port(monkeypatch, silent.getsockname()[1])
-        with pytest.raises(WeightsError, match="cannot be downloaded .*timed out"):
+        with pytest.raises(UserError, match="cannot be downloaded .*timed out"):
             load_inception()
     assert socket.getdefaulttimeout() is None
 
@@ -177,7 +178,7 @@ def test_a_download_that_is_not_the_official_file_is_not_kept(hub, monkeypatch, 
     (folder / "weights.pth").write_bytes(b"anything")
     with served(folder) as port:
         use_port(monkeypatch, port)
-        with pytest.raises(WeightsError, match="invalid hash value"):
+        with pytest.raises(UserError, match="invalid hash value"):
             load_inception()
     assert not list(hub.iterdir())
 
@@ -198,5 +199,5 @@ def test_a_wrong_file_under_the_official_name_is_rejected(hub, monkeypatch):
     use_port(monkeypatch, 9)
     hub.mkdir(parents=True)
     (hub / "weights.pth").write_bytes(b"anything")
-    with pytest.raises(WeightsError, match="is not http.*its SHA-256 differs: delete it"):
+    with pytest.raises(UserError, match="is not http.*its SHA-256 differs: delete it"):
         load_inception()

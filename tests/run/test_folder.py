@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim import SGD
 
 from modeling import checkpoint
-from modeling.run.folder import RunError, RunFolder, describe_state
+from modeling.run.folder import RunFolder, describe_state
 from modeling.run.identity import Identity
+from modeling.system.errors import UserError
 from tests.helpers import ROOT
 
 OPTIMIZER = {"name": "adam", "lr": 0.1, "warmup_steps": 0, "cosine_steps": 8}
@@ -127,7 +128,7 @@ def test_a_folder_without_any_valid_checkpoint_is_no_fresh_start(tmp_path, kind)
     save(run, 3, 8)
     for name in ("last.pt", "3.pt"):
         DAMAGES[kind](tmp_path / "checkpoints" / name)
-    with pytest.raises(RunError, match="no valid checkpoint is left: delete .* to start from scratch"):
+    with pytest.raises(UserError, match="no valid checkpoint is left: delete .* to start from scratch"):
         RunFolder(tmp_path, IDENTITY).load_newest()
 
 
@@ -136,7 +137,7 @@ def test_a_folder_of_another_run_is_rejected_with_the_differences(tmp_path):
     with RunFolder(tmp_path / "run", IDENTITY).claimed():
         pass
     other = Identity({**IDENTITY, "seed": 1, "optimizer": OPTIMIZER | {"lr": 0.2}})
-    with pytest.raises(RunError, match=r"optimizer\.lr: that run 0\.1, this run 0\.2; seed: that run 0, this run 1"):
+    with pytest.raises(UserError, match=r"optimizer\.lr: that run 0\.1, this run 0\.2; seed: that run 0, this run 1"):
         RunFolder(tmp_path / "run", other).claimed().__enter__()
 
 
@@ -145,7 +146,7 @@ def test_a_folder_of_other_files_and_a_file_are_rejected_and_left_alone(tmp_path
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
     (tmp_path / "file").write_text("precious")
     for name, message in (("thesis", "holds other files"), ("file", "is not a folder")):
-        with pytest.raises(RunError, match=message):
+        with pytest.raises(UserError, match=message):
             RunFolder(tmp_path / name, IDENTITY).claimed().__enter__()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "file", "thesis", "thesis/thesis.tex"
@@ -163,14 +164,14 @@ def test_files_of_a_process_killed_at_its_first_write_are_removed(tmp_path):
 @pytest.mark.parametrize("text", ['{"run": ', "{}", "[]", "5", '{"run": "a", "identity": {}}'])
 def test_a_damaged_marker_is_an_error(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(RunError, match=r"run\.json is damaged"):
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
         RunFolder(tmp_path, IDENTITY).claimed().__enter__()
 
 
 @pytest.mark.parametrize("text", ['{"steps": 8', "{}", "null"])
 def test_a_damaged_file_of_final_metrics_is_an_error(tmp_path, text):
     (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(RunError, match=r"metrics\.json is damaged"):
+    with pytest.raises(UserError, match=r"metrics\.json is damaged"):
         RunFolder(tmp_path, IDENTITY).finished_at()
 
 
@@ -197,7 +198,7 @@ with RunFolder(Path(sys.argv[1]), json.loads(sys.argv[2])).claimed():
     with subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "claimed\n"
-        with pytest.raises(RunError, match=f"process {first.pid} is working there; wait for it"):
+        with pytest.raises(UserError, match=f"process {first.pid} is working there; wait for it"):
             RunFolder(tmp_path, IDENTITY).claimed().__enter__()
         first.kill()
         first.wait()

@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-from modeling.config import ConfigError
 from modeling.system.errors import UserError, errors_in_one_line
 from modeling.system.signals import Stopped
 
@@ -14,7 +13,7 @@ from modeling.system.signals import Stopped
     ("error", "line"),
     [
         (UserError("lr=-1: expected at least 0"), "lr=-1: expected at least 0"),
-        (ConfigError("seed: missing"), "seed: missing"),
+        (UserError("seed: missing"), "seed: missing"),
         (FloatingPointError("step 3: the loss is nan"), "step 3: the loss is nan"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/a.pt"), "run/a.pt: No space left on device"),
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a.pt"), "a.pt: No such file or directory"),
