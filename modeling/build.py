@@ -22,6 +22,7 @@ from modeling.runtime import (
     resolve_device,
     resolve_precision,
     use_deterministic_algorithms,
+    warn_if_busy,
 )
 from modeling.schedules import cosine_betas, linear_betas
 from modeling.seeding import Purpose, derive_seed
@@ -125,7 +126,8 @@ def build_runtime(section: Machine) -> tuple[torch.device, str]:
     else:
         if section.precision == "fp16":
             print("warning: precision=fp16 on a CPU is emulated, 20 to 80 times slower than fp32", file=sys.stderr)
-        limit_threads()
+        limit_threads(section.num_threads)
+        warn_if_busy()
         if section.keep_freed_memory:
             keep_freed_memory()
     return device, resolve_precision(section.precision, device)

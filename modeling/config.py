@@ -139,6 +139,7 @@ class Machine(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware computes in it, else fp32
     deterministic: bool  # CUDA: the same bits every time, at some cost; the CPU always is
+    num_threads: PositiveInt | None  # CPU; null: one for each available CPU; 1 beside other work (docs/speed.md)
     keep_freed_memory: bool  # CPU, Linux: the allocator gives nothing back to the system, which is much faster
 
 

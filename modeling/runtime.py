@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modeling.system.errors import UserError
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
+BUSY_SECONDS = 0.1  # for which the machine is watched before the start
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,9 +101,40 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return count
 
 
-def limit_threads() -> None:
-    """Limits PyTorch's threads to the CPUs available to this process (or to OMP_NUM_THREADS, if that is fewer)."""
-    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+def limit_threads(num_threads: int | None = None) -> None:
+    """Sets PyTorch's threads.
+
+    Args:
+        num_threads: how many; None for the CPUs available to this process (or OMP_NUM_THREADS, if that is fewer).
+
+    Raises:
+        UserError: for more threads than CPUs.
+    """
+    available = available_cpus()
+    if num_threads is not None and num_threads > available:
+        raise UserError(f"num_threads={num_threads}: this process may use {available} CPUs")
+    torch.set_num_threads(min(torch.get_num_threads(), available) if num_threads is None else num_threads)
+
+
+def warn_if_busy() -> None:
+    """Warns when other processes need CPUs on which PyTorch would run several threads.
+
+    Threads wait for each other thousands of times a step. Beside one busy process two threads on two CPUs are then many
+    times slower than one (docs/speed.md).
+    """
+    import psutil  # Linux and macOS count busy CPUs differently
+
+    if torch.get_num_threads() == 1:
+        return
+    num_cpus = os.cpu_count() or 1
+    num_busy = num_cpus * psutil.cpu_percent(interval=BUSY_SECONDS) / 100
+    if num_busy > num_cpus - torch.get_num_threads() + 0.5:
+        free = max(1, int(num_cpus - num_busy))
+        print(
+            f"warning: other processes keep {num_busy:.1f} of {num_cpus} CPUs busy, and threads wait for each other: "
+            f"num_threads={free} may be several times faster than the {torch.get_num_threads()} threads that are used",
+            file=sys.stderr,
+        )
 
 
 def keep_freed_memory() -> bool:

@@ -22,7 +22,9 @@ from modeling.runtime import (
     resolve_device,
     resolve_micro_batch_size,
     resolve_precision,
+    warn_if_busy,
 )
+from modeling.system.errors import UserError
 from modeling.system.progress import progress_bar
 from tests.helpers import ROOT
 
@@ -56,7 +58,7 @@ def test_matrix_products_run_in_the_precision(device, precision, dtype):
 
 
 def test_fp16_on_a_cpu_is_warned_of(capsys):
-    machine = Machine(device="cpu", precision="fp16", deterministic=False, keep_freed_memory=False)
+    machine = Machine(device="cpu", precision="fp16", deterministic=False, num_threads=None, keep_freed_memory=False)
     assert build_runtime(machine) == (torch.device("cpu"), "fp16")
     assert "80 times slower than fp32" in capsys.readouterr().err
 
@@ -137,6 +139,33 @@ def test_a_smaller_number_of_threads_is_kept(monkeypatch):
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(asked)
+
+
+def test_the_threads_asked_for_are_used_and_are_at_most_the_cpus():
+    before = torch.get_num_threads()
+    try:
+        limit_threads(1)
+        assert torch.get_num_threads() == 1
+        with pytest.raises(UserError, match=rf"num_threads=100000: this process may use {available_cpus()} CPUs"):
+            limit_threads(100_000)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("num_threads", "is_warned_of"), [(1, False), (2, True)])
+def test_several_threads_beside_busy_processes_are_warned_of(num_threads, is_warned_of, capsys):
+    before = torch.get_num_threads()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        torch.set_num_threads(num_threads)
+        warn_if_busy()
+    finally:
+        torch.set_num_threads(before)
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert ("num_threads=1 may be several times faster than the 2 threads" in capsys.readouterr().err) == is_warned_of
 
 
 def test_weights_are_placed_with_the_channels_last():
