@@ -29,7 +29,8 @@ def print_controls(options: EncoderConfig) -> None:
 
     device, _ = build_runtime(options)
     extractor = load_own_encoder(options.out, device)
-    distances = control_distances(extractor, *map(from_numpy, load_cifar10(Path(options.archive), options.urls)))
+    images, _ = load_cifar10(Path(options.archive), options.urls)
+    distances = control_distances(extractor, *map(from_numpy, images))
     print(f"encoder/frechet_distance, SHA-256 {extractor.sha256}")
     for name, distance in distances.items():
         print(f"  {name:12s} {distance:.4f}")
@@ -48,12 +49,13 @@ def main(values: DictConfig) -> None:
         from torch import from_numpy
 
         from modeling.build import build_runtime
-        from modeling.datasets.cifar10 import load_cifar10, load_labels
+        from modeling.datasets.cifar10 import load_cifar10
         from modeling.measures.encoder_training import make_encoder
 
         device, precision = build_runtime(options)
-        train_images, test_images = map(from_numpy, load_cifar10(Path(options.archive), options.urls))
-        train_labels, test_labels = map(from_numpy, load_labels(Path(options.archive)))
+        images, labels = load_cifar10(Path(options.archive), options.urls)
+        train_images, test_images = map(from_numpy, images)
+        train_labels, test_labels = map(from_numpy, labels)
         print(make_encoder(options, (train_images, test_images), (train_labels, test_labels), device, precision))
 
 

@@ -30,6 +30,7 @@ MEMBER_SHA256 = {
     "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
     "batches.meta": "f962466ef690d46b226450fb9aadc74ba4bc64a76aa526b5827fe4bc5c7125cb",
 }
+Split = tuple[np.ndarray, np.ndarray]  # of training, of test
 _FOLDER = "cifar-10-batches-py"
 _MAX_MEMBER_BYTES = 40_000_000  # the largest has 31,035,999
 _MAX_MEMBERS = 100
@@ -140,8 +141,8 @@ def _download_one(url: str, part: Path) -> None:
         os.fsync(file.fileno())
 
 
-def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Training images (50000, 3, 32, 32) and test images (10000, 3, 32, 32), uint8; downloads a missing archive.
+def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[Split, Split]:
+    """The images, (N, 3, 32, 32) uint8, and their classes 0..9, (N,) int64; downloads a missing archive.
 
     Raises:
         UserError: when the archive is missing and no address delivers it, or it is not the official data.
@@ -151,18 +152,8 @@ def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[np.ndarray, np.nda
             if not archive.is_file():  # now that another process may have downloaded it
                 download(urls, archive)
     members = read_members(archive)
-    batches = {name: unpickle_batch(members[name])[b"data"] for name in members if name != "batches.meta"}
-    train = np.concatenate([batches[f"data_batch_{number}"] for number in range(1, 6)])
-    return train.reshape(-1, 3, 32, 32), batches["test_batch"].reshape(-1, 3, 32, 32)
-
-
-def load_labels(archive: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The classes 0..9 of the training images (50000,) and of the test images (10000,), int64, in their order.
-
-    Raises:
-        UserError: when the archive is missing or not the official data.
-    """
-    members = read_members(archive)
-    batches = {name: unpickle_batch(members[name])[b"labels"] for name in members if name != "batches.meta"}
-    train = np.concatenate([batches[f"data_batch_{number}"] for number in range(1, 6)])
-    return train, np.array(batches["test_batch"])
+    train = [unpickle_batch(members[f"data_batch_{number}"]) for number in range(1, 6)]
+    test = unpickle_batch(members["test_batch"])
+    images = np.concatenate([batch[b"data"] for batch in train]), test[b"data"]
+    labels = np.concatenate([batch[b"labels"] for batch in train]), np.array(test[b"labels"])
+    return (images[0].reshape(-1, 3, 32, 32), images[1].reshape(-1, 3, 32, 32)), labels

@@ -37,7 +37,7 @@ _TEST_SHAPES_START = 1 << 30  # shapes far behind any training image of the same
 def _load_cifar10(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, Facts]:
     assert dataset.archive is not None
     assert dataset.urls is not None
-    train, test = load_cifar10(repository() / dataset.archive, dataset.urls)
+    (train, test), _ = load_cifar10(repository() / dataset.archive, dataset.urls)
     return train, test, {}
 
 

@@ -80,6 +80,7 @@ def test_distances_that_do_not_rise_are_an_error(distances):
 @pytest.mark.long
 @pytest.mark.skipif(not TRAINED.is_file(), reason="encoders/cifar10.safetensors is missing: make encoder")
 def test_in_the_encoders_features_the_controls_distances_rise(cifar10_archive):
-    table = control_distances(load_own_encoder(TRAINED), *map(torch.from_numpy, load_cifar10(cifar10_archive, ())))
+    images, _ = load_cifar10(cifar10_archive, ())
+    table = control_distances(load_own_encoder(TRAINED), *map(torch.from_numpy, images))
     assert list(table) == ["train halves", "train / test", "noise", "blur", "Gaussian", "uniform"]
     check_rising(table)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import train_encoder as script
-from modeling.datasets.cifar10 import load_labels
+from modeling.datasets.cifar10 import load_cifar10
 from modeling.measures.encoder import Encoder, load_encoder
 from modeling.measures.encoder_training import _learning_rate as learning_rate
 from modeling.measures.encoder_training import accuracy, augment, train_encoder
@@ -139,7 +139,7 @@ def test_an_existing_encoder_is_not_replaced(compose_config, capsys, tmp_path):
 
 @pytest.mark.data
 def test_the_labels_are_the_official_ones(cifar10_archive):
-    train, test = load_labels(cifar10_archive)
+    _, (train, test) = load_cifar10(cifar10_archive, ())
     assert train[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
     assert test[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
     assert torch.from_numpy(train).bincount().tolist() == [5000] * 10
