@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from modeling.datasets.pictures import load_pictures, sha256_of_pictures
 from modeling.datasets.shapes import draw_shapes
 from modeling.stage import Facts, Manifest, repository
 from modeling.system.errors import UserError
-from modeling.system.files import locked, npy_bytes, sha256_of
+from modeling.system.files import locked, npy_bytes, sha256_of, write_atomically
 from modeling.system.progress import progress_bar
 
 NUM_SHAPES, NUM_TEST_SHAPES = 20_000, 2_000
@@ -95,31 +94,26 @@ def _is_valid(dataset: Dataset) -> bool:
 
 def _leftovers(folder: Path) -> list[Path]:
     """What a killed process left of a new `folder`; also what another process, which holds the lock, is writing."""
-    return list(folder.parent.glob(f".{folder.name}.new.*"))
+    return list(folder.parent.glob(f".{folder.name}.new*"))
 
 
 def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Replaces `folder` by one with these files; if that fails, the old one stays."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new."))
-    old = temporary.with_name(temporary.name + ".old")
+    """Replaces `folder` by one with these files; if that fails, the old one stays. Only under the lock."""
+    new, old = (folder.with_name(f".{folder.name}.new{suffix}") for suffix in ("", ".old"))
     try:
-        temporary.chmod(0o755)
         for name, content in files.items():
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_atomically(new / name, content)
         if folder.exists():
             os.replace(folder, old)
         try:
-            os.replace(temporary, folder)
+            os.replace(new, folder)
         except OSError:
             if old.exists():
                 os.replace(old, folder)
             raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        for path in (new, old):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _files(dataset: Dataset) -> dict[str, bytes]:

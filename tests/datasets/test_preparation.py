@@ -125,7 +125,7 @@ def test_leftovers_of_a_killed_preparation_are_removed(tmp_path, monkeypatch, mo
         patch.setattr(preparation.os, "replace", die)
         patch.setattr(preparation.shutil, "rmtree", lambda *args, **options: None)  # as a killed process
         prepare(shapes(tmp_path, 31))
-    assert list(tmp_path.glob(".shapes.new.*"))
+    assert list(tmp_path.glob(".shapes.new*"))
     prepare(shapes(tmp_path, 31))
     assert {entry.name for entry in tmp_path.iterdir()} == {"shapes", ".shapes.lock"}
     assert len(np.load(tmp_path / "shapes" / "train.npy")) == 31
