@@ -43,7 +43,8 @@ def test_the_manifest_holds_hashes_counts_and_source(tmp_path):
     entry = manifest["files"]["train.npy"]
     assert entry["sha256"] == hashlib.sha256((tmp_path / "shapes" / "train.npy").read_bytes()).hexdigest()
     assert (entry["count"], entry["shape"], entry["dtype"]) == (30, [30, 3, 32, 32], "uint8")
-    assert manifest["source"]
+    assert set(manifest) == {"dataset", "source", "files"}
+    assert manifest["dataset"] == {"name": "shapes", "num_images": 30, "seed": 0}
 
 
 def test_a_second_run_verifies_and_writes_nothing(tmp_path):

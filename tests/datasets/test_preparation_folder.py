@@ -14,7 +14,6 @@ from modeling.config import parse
 from modeling.datasets.pictures import sha256_of_pictures
 from modeling.datasets.preparation import prepare
 from modeling.stage import read_manifest
-from modeling.system.errors import UserError
 from tests.datasets.drawings import drawings, fill, noise, stored
 from tests.helpers import TINY, dataset, ends_in_error
 
@@ -31,12 +30,6 @@ def test_the_manifest_names_source_counts_and_digest_but_not_the_disk(tmp_path, 
     (tmp_path / "first").rename(tmp_path / "second")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "second"))
     assert prepare(dataset("folder", tmp_path, pictures="in")) == (manifest, False)
-
-
-def test_the_manifests_of_other_data_sets_do_not_mention_pictures(tiny_data):
-    manifest = json.loads((tiny_data / "shapes" / "manifest.json").read_text())
-    assert set(manifest) == {"dataset", "source", "files"}
-    assert set(manifest["dataset"]) == {"name", "num_images", "seed"}
 
 
 @pytest.mark.parametrize("change", ["pixels", "add", "remove", "rename", "manifest"])
@@ -62,26 +55,6 @@ def test_changed_pictures_are_prepared_again_and_unchanged_ones_are_not(tmp_path
     assert is_new
     assert (after == manifest) == (change == "manifest")
     assert prepare(drawings(tmp_path)) == (after, False)
-
-
-def test_a_rejected_picture_leaves_what_was_prepared_before(tmp_path):
-    source, folder = fill(tmp_path / "in", 20), tmp_path / "folder"
-    prepare(drawings(tmp_path))
-    before = {file: file.read_bytes() for file in folder.iterdir()}
-    (source / "bad.png").write_bytes(b"bad")
-    with pytest.raises(UserError, match="1 of 21 pictures"):
-        prepare(drawings(tmp_path))
-    assert {file: file.read_bytes() for file in folder.iterdir()} == before
-
-
-def test_num_images_limits_the_training_images(tmp_path):
-    fill(tmp_path / "in", 20)
-    everything = prepare(drawings(tmp_path))[0]["files"]["train.npy"]["count"]
-    train = np.load(tmp_path / "folder" / "train.npy")
-    prepare(drawings(tmp_path, 5))
-    np.testing.assert_array_equal(np.load(tmp_path / "folder" / "train.npy"), train[:5])
-    with pytest.raises(UserError, match=f"num_images must be at most {everything} for folder, got 21"):
-        prepare(drawings(tmp_path, 21))
 
 
 # ---- from pictures to samples
