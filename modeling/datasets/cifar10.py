@@ -1,4 +1,4 @@
-"""CIFAR-10 from its archive: downloaded if missing, verified before anything in it is trusted.
+"""CIFAR-10 from its archive, or the folder unpacked from it: downloaded if missing, verified before it is trusted.
 
 The archive is a tar of Python pickles. No member is written to disk; each is compared with its official SHA-256 before
 it is unpickled, and the unpickler knows the three names that a NumPy array needs and nothing else.
@@ -64,18 +64,36 @@ def unpickle_batch(content: bytes) -> dict:
 
 
 def _remedy(archive: Path) -> str:
-    return (
-        f"put the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html at {archive}, "
-        "or set dataset.archive to where it is"
-    )
+    what = "the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"
+    where = f"set dataset.archive to where it or its unpacked folder {_FOLDER} is"
+    if archive.is_dir():  # of whatever kind: nothing to delete
+        return f"get {what} and {where}"
+    return f"{'delete it and ' if archive.exists() else ''}put {what} at {archive}, or {where}"
 
 
 def read_members(archive: Path) -> dict[str, bytes]:
-    """The contents of the archive's seven data files, each verified by its SHA-256.
+    """The contents of the seven data files, each verified by its SHA-256.
+
+    Args:
+        archive: the archive, or its unpacked folder.
 
     Raises:
         UserError: for a damaged archive, a missing or altered member, or one that points outside.
     """
+    if archive.is_dir():
+        members = {name: (archive / name).read_bytes() for name in MEMBER_SHA256 if (archive / name).is_file()}
+    else:
+        members = _read_archive(archive)
+    for name, expected in MEMBER_SHA256.items():
+        if name not in members:
+            raise UserError(f"{archive}: there is no {name} in it: {_remedy(archive)}")
+        if (digest := hashlib.sha256(members[name]).hexdigest()) != expected:
+            wrong = f"{name} is not the official file (SHA-256 {digest}, expected {expected})"
+            raise UserError(f"{archive}: {wrong}: {_remedy(archive)}")
+    return members
+
+
+def _read_archive(archive: Path) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     try:
         with tarfile.open(archive, mode="r:*") as tar:
@@ -92,14 +110,7 @@ def read_members(archive: Path) -> dict[str, bytes]:
                     members[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         reason = str(error) or type(error).__name__
-        raise UserError(f"{archive} cannot be read ({reason}): delete it and {_remedy(archive)}") from error
-    for name, expected in MEMBER_SHA256.items():
-        digest = hashlib.sha256(members[name]).hexdigest() if name in members else "missing"
-        if digest != expected:
-            raise UserError(
-                f"{archive}: {_FOLDER}/{name} is not the official file (SHA-256 {digest}, expected {expected}): "
-                f"delete the archive and {_remedy(archive)}"
-            )
+        raise UserError(f"{archive} cannot be read ({reason}): {_remedy(archive)}") from error
     return members
 
 
@@ -147,9 +158,9 @@ def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[Split, Split]:
     Raises:
         UserError: when the archive is missing and no address delivers it, or it is not the official data.
     """
-    if not archive.is_file():
+    if not archive.exists():
         with locked(archive.with_name(f".{archive.name}.lock"), wait=True):
-            if not archive.is_file():  # now that another process may have downloaded it
+            if not archive.exists():  # now that another process may have downloaded it
                 download(urls, archive)
     members = read_members(archive)
     train = [unpickle_batch(members[f"data_batch_{number}"]) for number in range(1, 6)]

@@ -40,6 +40,36 @@ def test_a_relative_archive_is_in_the_original_repository(tmp_path, archive, mon
     assert prepare(small(tmp_path, Path(archive.name)))[0]["files"]["train.npy"]["count"] == 20
 
 
+@pytest.fixture
+def unpacked(tmp_path, small_cifar10) -> Path:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, content in CONTENTS.items():
+        (folder / name).write_bytes(content)
+    (folder / "readme.html").write_text("")
+    return folder
+
+
+def test_the_unpacked_folder_gives_the_same_images(tmp_path, archive, unpacked):
+    expected, _ = prepare(small(tmp_path / "a", archive))
+    assert prepare(small(tmp_path / "b", unpacked))[0] == expected
+
+
+@pytest.mark.fault("hostile archive")
+def test_an_altered_file_of_the_unpacked_folder_is_rejected(tmp_path, unpacked):
+    (unpacked / "data_batch_3").write_bytes(batch(4, 33))
+    with pytest.raises(
+        UserError, match=r"data_batch_3 is not the official file .*: get the archive .*and set"
+    ):
+        prepare(small(tmp_path, unpacked))
+
+
+@pytest.mark.fault("wrong input")
+def test_a_folder_of_another_kind_is_no_archive_and_nothing_is_downloaded_over_it(tmp_path):
+    with pytest.raises(UserError, match=r"there is no data_batch_1 in it: get the archive .*cifar-10-batches-py is$"):
+        prepare(small(tmp_path / "data", tmp_path))
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "member", "missing"])
 @pytest.mark.fault("hostile archive")
 def test_a_damaged_or_altered_archive_is_rejected_with_the_remedy(tmp_path, archive, damage):
