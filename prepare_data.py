@@ -20,12 +20,18 @@ def main(values: DictConfig) -> None:
     with errors_in_one_line():
         dataset = parse_stage(values).dataset
         with stopping_on_signals():
-            from modeling.datasets.preparation import prepare
+            from modeling.datasets.pictures import describe_passed_over, find_pictures
+            from modeling.datasets.preparation import pictures_folder, prepare, unusable_list
 
             manifest, is_new = prepare(dataset)
-        counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
-        if pictures := manifest.get("pictures"):
-            counts += f", of {pictures['count']} pictures, {pictures['duplicates']} of them duplicates"
+            counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
+            if pictures := manifest.get("pictures"):
+                counts += f", of {pictures['count']} pictures, {pictures['duplicates']} of them duplicates"
+                if pictures["unusable"]:
+                    counts += f", {pictures['unusable']} unusable (listed in {unusable_list(dataset)})"
+                _, passed_over = find_pictures(pictures_folder(dataset))
+                if passed_over:
+                    print(describe_passed_over(passed_over))
         print(f"{dataset.folder}: {counts} ({'written' if is_new else 'already there, verified'})")
 
 

@@ -45,9 +45,10 @@ class Section(BaseModel):
 class Dataset(Section):
     name: Literal["cifar10", "shapes", "folder"]
     root: Text  # the prepared data is in <root>/<name>/
-    archive: Text | None  # cifar10: path of the archive; a missing one is downloaded to it
+    archive: Text | None  # cifar10: the archive, or its unpacked folder; a missing one is downloaded
     urls: list[Text] | None  # cifar10: addresses of the archive, tried in turn
     pictures: Text | None  # folder: the pictures, at any depth of this folder
+    skip_unusable: bool | None = None  # folder: goes on without pictures that cannot be used; older files lack the key
     num_images: PositiveInt | None  # training images; null: all of the archive or the pictures, or 20,000 shapes
     seed: Annotated[int, Field(ge=0)] | None  # shapes: which ones are drawn
 
@@ -59,7 +60,8 @@ class Dataset(Section):
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
         needs = {"cifar10": ("archive", "urls"), "shapes": ("seed",), "folder": ("pictures",)}[self.name]
-        self._require(f"dataset.name={self.name}", ("archive", "urls", "pictures", "seed"), needs)
+        keys = ("archive", "urls", "pictures", "seed", *(() if self.name == "folder" else ("skip_unusable",)))
+        self._require(f"dataset.name={self.name}", keys, needs)
         if self.name == "cifar10" and self.num_images is not None and self.num_images > 50_000:
             raise ValueError(f"num_images must be at most 50000 with dataset.name=cifar10, got {self.num_images}")
         return self

@@ -45,6 +45,7 @@ class FileFacts(TypedDict):
 
 class PictureFacts(TypedDict):
     count: int
+    unusable: int  # left out, with dataset.skip_unusable
     duplicates: int  # equal to others once they are reduced
     sha256: str
 
@@ -83,8 +84,8 @@ def read_manifest(dataset: Dataset) -> Manifest:
     """
     folder = dataset.folder
     command = f"python prepare_data.py dataset={dataset.name}"
-    for key in ("root", "archive", "pictures", "num_images", "seed"):
-        if (value := getattr(dataset, key)) is not None:
+    for key in ("root", "archive", "pictures", "skip_unusable", "num_images", "seed"):
+        if (value := getattr(dataset, key)) is not None and value is not False:
             command += f" {_override(f'dataset.{key}', value)}"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())

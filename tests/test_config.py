@@ -65,6 +65,13 @@ def test_switching_back_leaves_nothing_behind(compose_config):
     assert config.train.num_epochs == 100  # what does not depend on the choice keeps the experiment's value
 
 
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+def test_the_configuration_in_an_older_file_is_valid(compose_config, name):
+    values = compose_config(f"dataset={name}", *REQUIRED.get(f"dataset/{name}", []))
+    del values.dataset.skip_unusable
+    assert not parse(values).dataset.skip_unusable
+
+
 def test_the_assignments_setting(compose_config):
     config = parse(compose_config("experiment=assignment"))
     assert (config.model.name, config.model.hidden_size) == ("unet", 128)
@@ -113,6 +120,7 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
         (["dataset.name=shapes"], ["dataset: seed needs a value with dataset.name=shapes"]),
         (["dataset=folder"], ["dataset: pictures needs a value with dataset.name=folder"]),
         (["dataset.pictures=p"], ["dataset: pictures must be null with dataset.name=cifar10, got p"]),
+        (["dataset.skip_unusable=true"], ["dataset: skip_unusable must be null with dataset.name=cifar10, got True"]),
         (
             ["dataset=folder", "dataset.pictures=p", "dataset.seed=1"],
             ["dataset: seed must be null with dataset.name=folder, got 1"],

@@ -32,7 +32,7 @@ def test_a_damaged_manifest_names_the_command(tmp_path, text):
 
 @pytest.mark.parametrize("pictures", ["/a/b-1.0", "/a/my pictures", "it's (2), $x", "été/~a=b", '"'])
 def test_the_command_that_an_error_names_sets_the_very_value(compose_config, tmp_path, pictures):
-    values = dataset("folder", tmp_path, pictures=pictures, num_images=3)
+    values = dataset("folder", tmp_path, pictures=pictures, skip_unusable=True, num_images=3)
     with pytest.raises(UserError) as caught:
         read_manifest(values)
     _, script, *overrides = shlex.split(str(caught.value).partition("`")[2].removesuffix("`"))

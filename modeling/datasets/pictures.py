@@ -1,47 +1,36 @@
 """A folder of pictures as a data set: the centre square of each, reduced to 32x32; duplicates once; a held-out tenth.
 
-Nothing outside the folder is read, and nothing is left out in silence: where a picture cannot be used, none is.
+Nothing outside the folder is read, and nothing is left out in silence: what is passed over is counted, and where a
+picture cannot be used, none is, unless the user says to go on without it.
 """
 
 import bisect
 import hashlib
 import os
-import struct
-import warnings
+import re
+from collections import Counter
 from pathlib import Path, PurePath
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
 
-from modeling import IMAGE_SIZE
+from modeling.datasets.decoding import read_picture, suffixes
 from modeling.stage import PictureFacts
 from modeling.system.errors import UserError
-from modeling.system.files import sha256_of
+from modeling.system.files import sha256_of, write_atomically
 from modeling.system.progress import progress_bar
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 MAX_TEST_IMAGES = 10_000
-_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # whatever the suffix says: Pillow gives some others to outside programs
 _TENTH = (2**256 // 10).to_bytes(32, "big")  # a tenth of all SHA-256 digests is below
-_MAX_NAMED = 5  # rejected pictures in an error message
-_UPRIGHT = {  # EXIF orientation -> what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-# What Pillow's decoders raise for damaged files, beside its own errors.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_MAX_NAMED = 5  # unusable pictures in an error message
+_MAX_REASONS = 8  # why files were passed over, in a line
 
 
-def find_pictures(folder: Path) -> list[Path]:
+def find_pictures(folder: Path) -> tuple[list[Path], Counter[str]]:
     """The pictures in a folder at any depth, relative to it, in the order of their names' code points.
 
-    Hidden files and folders, other suffixes and symbolic links are ignored.
+    Returns:
+        The pictures; and why other things were passed over, which is their suffix or one of hidden, linked file,
+        linked folder, no file, with how many.
 
     Raises:
         UserError: when there is no such folder.
@@ -53,19 +42,44 @@ def find_pictures(folder: Path) -> list[Path]:
 
     if not folder.is_dir():
         raise UserError(f"dataset.pictures={folder}: there is no such folder")
-    found = []
+    found, passed_over = [], Counter()
     for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        found += [
-            path.relative_to(folder)
-            for path in paths
-            if path.suffix.lower() in SUFFIXES and path.is_file() and not path.is_symlink()
-        ]
-    return sorted(found, key=PurePath.as_posix)
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            if reason := _why_passed_over(path):
+                passed_over[reason] += 1
+            elif path.is_file():
+                found.append(path.relative_to(folder))
+        folders[:] = [name for name in folders if not name.startswith(".")]  # links are not followed anyway
+    return sorted(found, key=PurePath.as_posix), passed_over
 
 
-def _line(path: Path, sha256: str) -> bytes:
+def _why_passed_over(path: Path) -> str | None:
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_symlink():
+        return "linked folder" if path.is_dir() else "linked file"
+    if path.is_dir():
+        return None
+    if (suffix := path.suffix.lower()) not in suffixes():
+        return suffix if re.fullmatch(r"\.\w+", suffix) else "without suffix"
+    return None if path.is_file() else "no file"
+
+
+def describe_passed_over(passed_over: Counter[str]) -> str:
+    """What `find_pictures` passed over, in a line; empty if it was nothing."""
+    most = passed_over.most_common(_MAX_REASONS)
+    if rest := passed_over.total() - sum(count for _, count in most):
+        most.append(("others", rest))
+    found = ", ".join(f"{count} {reason}" for reason, count in most)
+    return f"passed over: {found} (pictures are {' '.join(suffixes())}; not hidden, no links)" if found else ""
+
+
+def _line(folder: Path, path: Path) -> bytes:
+    """A picture's part of the digest over all; one that cannot be read has one, too, as it may be left out."""
+    try:
+        sha256 = sha256_of(folder / path)
+    except OSError:
+        sha256 = "unreadable"
     return os.fsencode(f"{sha256} {path.as_posix()}\n")
 
 
@@ -73,55 +87,12 @@ def sha256_of_pictures(folder: Path) -> str:
     """SHA-256 over the pictures' relative paths and contents, by which a change is noticed.
 
     Raises:
-        UserError, OSError: as `find_pictures`; OSError also for a picture that cannot be read.
+        UserError, OSError: as `find_pictures`.
     """
     digest = hashlib.sha256()
-    for path in progress_bar(find_pictures(folder), desc="verifying pictures"):
-        digest.update(_line(path, sha256_of(folder / path)))
+    for path in progress_bar(find_pictures(folder)[0], desc="verifying pictures"):
+        digest.update(_line(folder, path))
     return digest.hexdigest()
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, on white where it is transparent; 16 bits become their upper 8, as Pillow does for colours."""
-    if image.mode == "I;16":  # which `convert` would clip at 255
-        values = np.asarray(image)
-        grey = (values >> 8).astype(np.uint8)
-        grey[values == image.info.get("transparency", -1)] = 255
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """A picture's centre square, reduced by Pillow's Lanczos filter (antialiased) to (3, 32, 32) uint8.
-
-    It is turned upright (EXIF); an animation is its first picture; a colour profile is ignored.
-
-    Raises:
-        ValueError: for a file that is not a whole picture in one of the formats, smaller than 32 pixels on a side, or
-            with more pixels than Pillow considers harmless (89 million).
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata that does not matter here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as file:
-                if min(file.size) < IMAGE_SIZE:
-                    raise ValueError(f"{file.width}x{file.height} pixels, at least {IMAGE_SIZE}x{IMAGE_SIZE} needed")
-                file.load()  # in a PNG the orientation may come last
-                # Not ImageOps.exif_transpose: it rewrites the metadata, and fails where they are damaged.
-                turn = _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-                image = _to_rgb(file if turn is None else file.transpose(turn))
-    except UnidentifiedImageError:
-        raise ValueError(f"not a picture in {', '.join(_FORMATS)}") from None
-    except (*_DECODING_ERRORS, Image.DecompressionBombWarning) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
 
 
 def split(images: dict[bytes, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -139,8 +110,14 @@ def split(images: dict[bytes, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(train), np.stack([image for digest, image in images.items() if digest in held_out])
 
 
-def load_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, PictureFacts]:
+def load_pictures(
+    folder: Path, unusable_list: Path, *, skip_unusable: bool = False
+) -> tuple[np.ndarray, np.ndarray, PictureFacts]:
     """The pictures in a folder, split.
+
+    Args:
+        unusable_list: this file will list the pictures that cannot be used, and why; there is none if all can be.
+        skip_unusable: goes on without them.
 
     Returns:
         Training images and held-out images, (N, 3, 32, 32) uint8, and the facts of the pictures; their `sha256` is
@@ -150,26 +127,37 @@ def load_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, PictureFacts]:
         UserError: when pictures cannot be used, naming the first ones and why; or fewer than two differ.
         OSError: for a folder in it that cannot be read.
     """
-    paths, digest = find_pictures(folder), hashlib.sha256()
-    images, rejected = {}, []
+    (paths, passed_over), digest = find_pictures(folder), hashlib.sha256()
+    images, unusable = {}, []
     for path in progress_bar(paths, desc="reading pictures"):
+        # The digest first: were the file to change in between, it would be noticed the next time.
+        digest.update(_line(folder, path))
         try:
-            # The digest first: were the file to change in between, it would be noticed the next time.
-            digest.update(_line(path, sha256_of(folder / path)))
             image = read_picture(folder / path)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            rejected.append(f"{path}: {reason}")
+        except ValueError as error:
+            unusable.append(f"{path}: {error}")
         else:
             images.setdefault(hashlib.sha256(image.tobytes()).digest(), image)
-    if rejected:
-        more = [f"and {len(rejected) - _MAX_NAMED} more"] if len(rejected) > _MAX_NAMED else []
-        head = f"dataset.pictures={folder}: {len(rejected)} of {len(paths)} pictures cannot be used, remove them:"
-        raise UserError("\n  ".join([head, *rejected[:_MAX_NAMED], *more]))
+    if unusable:
+        write_atomically(unusable_list, os.fsencode("\n".join([*unusable, ""])))
+    else:
+        unusable_list.unlink(missing_ok=True)
+    if unusable and not skip_unusable:
+        more = [f"and {len(unusable) - _MAX_NAMED} more, in {unusable_list}"] if len(unusable) > _MAX_NAMED else []
+        head = (
+            f"dataset.pictures={folder}: {len(unusable)} of {len(paths)} pictures cannot be used, remove them or go on "
+            "without them (dataset.skip_unusable=true):"
+        )
+        raise UserError("\n  ".join([head, *unusable[:_MAX_NAMED], *more]))
     if len(images) < 2:
         raise UserError(
-            f"dataset.pictures={folder}: {len(paths)} pictures ({' '.join(SUFFIXES)}; not hidden, no links), "
-            f"{len(images)} of them different, at least 2 needed"
+            f"dataset.pictures={folder}: {len(paths)} pictures, {len(images)} of them different, at least 2 needed; "
+            f"{describe_passed_over(passed_over)}".removesuffix("; ")
         )
-    facts: PictureFacts = {"count": len(paths), "duplicates": len(paths) - len(images), "sha256": digest.hexdigest()}
+    facts: PictureFacts = {
+        "count": len(paths),
+        "unusable": len(unusable),
+        "duplicates": len(paths) - len(unusable) - len(images),
+        "sha256": digest.hexdigest(),
+    }
     return *split(images), facts

@@ -56,13 +56,20 @@ def _draw_shapes(seed: int, first: int, count: int, desc: str) -> np.ndarray:
 
 
 def _load_folder(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, Facts]:
-    train, test, facts = load_pictures(_pictures_folder(dataset))
+    folder, skip = pictures_folder(dataset), dataset.skip_unusable is True
+    train, test, facts = load_pictures(folder, unusable_list(dataset), skip_unusable=skip)
     return train, test, {"pictures": facts}
 
 
-def _pictures_folder(dataset: Dataset) -> Path:
+def pictures_folder(dataset: Dataset) -> Path:
+    """Where the pictures of dataset=folder are."""
     assert dataset.pictures is not None
     return repository() / dataset.pictures
+
+
+def unusable_list(dataset: Dataset) -> Path:
+    """The file, beside the prepared data, that lists the pictures that cannot be used."""
+    return dataset.folder.with_suffix(".unusable.txt")
 
 
 _LOADERS = {"cifar10": _load_cifar10, "shapes": _load_shapes, "folder": _load_folder}
@@ -87,7 +94,9 @@ def _is_valid(dataset: Dataset) -> bool:
         is_whole = all(sha256_of(folder / name) == entry["sha256"] for name, entry in manifest["files"].items())
         if not is_whole or dataset.name != "folder":
             return is_whole
-        return manifest["pictures"]["sha256"] == sha256_of_pictures(_pictures_folder(dataset))
+        pictures = manifest["pictures"]
+        is_admitted = pictures["unusable"] == 0 or dataset.skip_unusable is True
+        return is_admitted and pictures["sha256"] == sha256_of_pictures(pictures_folder(dataset))
     except (OSError, ValueError, TypeError, KeyError):
         return False
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Keys left out of a run's identity: they cannot change its result, or only through the learning-rate schedule, which
 # `identify` adds back.
 NO_EFFECT: Any = {
-    "dataset": {"root", "archive", "urls", "pictures"},
+    "dataset": {"root", "archive", "urls", "pictures", "skip_unusable"},
     "optimizer": {"warmup_steps"},
     "train": {"num_epochs", "max_steps", "checkpoint_every"},
     "runtime": {

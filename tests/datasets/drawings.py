@@ -30,6 +30,6 @@ def as_set(images: np.ndarray) -> set[bytes]:
     return {image.tobytes() for image in images}
 
 
-def drawings(root: Path, num_images: int | None = None) -> Dataset:
+def drawings(root: Path, num_images: int | None = None, *, skip_unusable: bool = False) -> Dataset:
     """The data set of the pictures in root/in, prepared in root/folder."""
-    return dataset("folder", root, pictures=str(root / "in"), num_images=num_images)
+    return dataset("folder", root, pictures=str(root / "in"), num_images=num_images, skip_unusable=skip_unusable)

@@ -58,9 +58,7 @@ def test_the_unpacked_folder_gives_the_same_images(tmp_path, archive, unpacked):
 @pytest.mark.fault("hostile archive")
 def test_an_altered_file_of_the_unpacked_folder_is_rejected(tmp_path, unpacked):
     (unpacked / "data_batch_3").write_bytes(batch(4, 33))
-    with pytest.raises(
-        UserError, match=r"data_batch_3 is not the official file .*: get the archive .*and set"
-    ):
+    with pytest.raises(UserError, match=r"data_batch_3 is not the official file .*: get the archive .*and set"):
         prepare(small(tmp_path, unpacked))
 
 

@@ -1,180 +1,202 @@
-"""What becomes of one picture, and which files are rejected."""
+"""A folder of pictures: which files are pictures, what rejects the folder, and how the images are split."""
 
-import io
-import struct
-import zlib
+import hashlib
+import itertools
+import os
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from modeling.datasets.pictures import read_picture
+from modeling.datasets import decoding, pictures
+from modeling.datasets.pictures import describe_passed_over, find_pictures, load_pictures, split
 from modeling.datasets.preparation import prepare
 from modeling.system.errors import UserError
-from tests.datasets.drawings import drawings, fill, noise, stored
+from tests.datasets.drawings import as_set, drawings, fill, noise, stored
+from tests.helpers import dataset
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "PNG"])
-def test_a_picture_of_the_right_size_keeps_its_pixels(tmp_path, suffix):
-    path = stored(noise(32, 32), tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
-    np.testing.assert_array_equal(read_picture(path), noise(32, 32).transpose(2, 0, 1))
+def load(folder: Path) -> tuple:
+    return load_pictures(folder, folder.with_suffix(".unusable.txt"))
 
 
-@pytest.mark.parametrize(("height", "width", "top", "left"), [(32, 71, 0, 19), (32, 70, 0, 19), (50, 32, 9, 0)])
-def test_the_centre_square_is_taken(tmp_path, height, width, top, left):
-    picture = noise(height, width)
-    expected = picture[top : top + 32, left : left + 32].transpose(2, 0, 1)
-    np.testing.assert_array_equal(read_picture(stored(picture, tmp_path / "a.png")), expected)
+def test_pictures_are_found_at_any_depth_in_the_order_of_their_names(tmp_path, monkeypatch):
+    names = ["B.png", "a/z.JPEG", "a.webp", "a/b/c.bmp", "b.jpg", "ä.png"]
+    for name in names:
+        stored(noise(32, 32), tmp_path / name)
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *args, **options: reversed(list(walk(*args, **options))))
+    assert [str(path) for path in find_pictures(tmp_path)[0]] == sorted(names)
 
 
-def test_reducing_averages_so_that_a_fine_pattern_becomes_grey(tmp_path):
-    checkerboard = (np.indices((320, 320)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    image = read_picture(stored(checkerboard, tmp_path / "a.png")).astype(int)
-    assert np.abs(image - 127.5).max() < 3  # picking single pixels would leave 0 and 255
-    for value in (0, 77, 255):
-        plain = read_picture(stored(np.full((100, 300), value, np.uint8), tmp_path / "b.png"))
-        assert (plain == value).all()
+def test_hidden_files_other_suffixes_links_and_devices_are_passed_over_and_counted(tmp_path):
+    folder = fill(tmp_path / "in", 2)
+    fill(folder / ".thumbnails", 3, first=10)
+    fill(tmp_path / "outside", 1, first=20)
+    stored(noise(32, 32, 30), folder / "._0.png")
+    for name in ("notes.txt", "a.HEIC", "sub/b.heic", "README", "trailing.", "a.b c"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    (folder / "folder.png").mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "outside" / "20.png")
+    (folder / "outside").symlink_to(tmp_path / "outside")
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    found, passed_over = find_pictures(folder)
+    assert [str(path) for path in found] == ["0.png", "1.png"]
+    assert passed_over == {
+        "hidden": 2, "linked file": 1, "linked folder": 2, "no file": 1, ".txt": 1, ".heic": 2, "without suffix": 3,
+    }  # fmt: skip
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be one
+    assert len(find_pictures(tmp_path / "link")[0]) == 2
 
 
-UPRIGHT = noise(40, 60)
-AS_STORED = {  # Exif 2.3, tag 274: what row 0 and column 0 of the file are in the upright picture
-    1: UPRIGHT,
-    2: UPRIGHT[:, ::-1],  # top, right
-    3: UPRIGHT[::-1, ::-1],  # bottom, right
-    4: UPRIGHT[::-1],  # bottom, left
-    5: UPRIGHT.transpose(1, 0, 2),  # left, top
-    6: UPRIGHT[:, ::-1].transpose(1, 0, 2),  # right, top
-    7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),  # right, bottom
-    8: UPRIGHT[::-1].transpose(1, 0, 2),  # left, bottom
-}
+def test_duplicates_are_kept_once_and_counted(tmp_path):
+    fill(tmp_path, 6)
+    stored(noise(32, 32, 3), tmp_path / "sub" / "copy.png")
+    stored(noise(32, 32, 3), tmp_path / "other format.bmp")
+    train, test, facts = load(tmp_path)
+    assert (facts["count"], facts["duplicates"]) == (8, 2)
+    assert as_set(train) | as_set(test) == {noise(32, 32, n).transpose(2, 0, 1).tobytes() for n in range(6)}
+    assert len(train) + len(test) == 6
 
 
-@pytest.mark.parametrize("suffix", ["png", "webp"])
-@pytest.mark.parametrize("orientation", AS_STORED)
-def test_a_camera_held_sideways_makes_no_difference(tmp_path, orientation, suffix):
-    exif = Image.Exif()
-    exif[274] = orientation
-    options = {"lossless": True} if suffix == "webp" else {}
-    turned = stored(np.ascontiguousarray(AS_STORED[orientation]), tmp_path / f"a.{suffix}", exif=exif, **options)
-    np.testing.assert_array_equal(read_picture(turned), read_picture(stored(UPRIGHT, tmp_path / "upright.png")))
+# ---- folders that are rejected
 
 
-def test_transparent_pixels_are_on_white(tmp_path):
-    rgba = np.dstack([noise(32, 32), np.zeros((32, 32), np.uint8)])
-    rgba[:16, :, 3] = 255
-    rgba[16, :] = (0, 100, 255, 51)  # a fifth of it
-    image = read_picture(stored(rgba, tmp_path / "a.png"))
-    np.testing.assert_array_equal(image[:, :16], rgba[:16, :, :3].transpose(2, 0, 1))
-    assert image[:, 16, 0].tolist() == [204, 224, 255]
-    assert (image[:, 17:] == 255).all()
+@pytest.mark.parametrize(("height", "width"), [(31, 100), (100, 31), (1, 1)])
+def test_a_picture_is_never_enlarged(tmp_path, height, width):
+    stored(noise(height, width), tmp_path / "a.png")
+    with pytest.raises(UserError, match=rf"a\.png: {width}x{height} pixels, at least 32x32 needed"):
+        load(tmp_path)
 
 
-@pytest.mark.parametrize("transparency", [7, bytes([255, 0])])
-def test_a_transparent_palette_is_on_white(tmp_path, transparency):
-    palette = Image.new("P", (32, 32), 1)
-    palette.putpalette([10, 20, 30] * 256)
-    for x in range(16):
-        palette.paste(7 if transparency == 7 else 1, (x, 0, x + 1, 32))
-        palette.paste(0, (x + 16, 0, x + 17, 32))
-    image = read_picture(stored(palette, tmp_path / "a.png", transparency=transparency))
-    assert (image[:, :, :16] == 255).all()
-    assert image[:, 5, 20].tolist() == [10, 20, 30]
-
-
-@pytest.mark.parametrize("transparency", [None, 0x1234])
-def test_16_bit_grey_keeps_its_upper_8_bits(tmp_path, transparency):
-    grey = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
-    grey[0, 0] = 0x1234
-    options = {} if transparency is None else {"transparency": transparency}
-    expected = (grey // 256).astype(np.uint8)
-    expected[0, 0] = 0x12 if transparency is None else 255
-    np.testing.assert_array_equal(read_picture(stored(grey, tmp_path / "a.png", **options)), [expected] * 3)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_every_kind_of_pixel_becomes_the_same_grey(tmp_path, mode):
-    white = Image.new("L", (40, 40), 255).convert("RGB").convert(mode)
-    path = stored(white, tmp_path / f"a.{'jpg' if mode == 'CMYK' else 'png'}")
-    assert (read_picture(path) == 255).all()
-
-
-@pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_an_animation_is_its_first_picture(tmp_path, suffix):
-    frames = [Image.fromarray(noise(32, 32, seed)) for seed in range(3)]
-    options = {"lossless": True} if suffix == "webp" else {}
-    path = stored(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **options)
-    np.testing.assert_array_equal(read_picture(path), noise(32, 32, 0).transpose(2, 0, 1))
-
-
-def test_damaged_metadata_neither_warn_nor_matter(tmp_path):
-    exif = Image.Exif()
-    exif[270] = "a description " * 10
-    exif = exif.tobytes()[:-100]  # the description ends too early
-    path = stored(noise(32, 32), tmp_path / "a.png", exif=exif)
-    with Image.open(path) as image, pytest.warns(UserWarning, match="Tag data larger than file"):
-        image.getexif().get(270)
-    np.testing.assert_array_equal(read_picture(path), noise(32, 32).transpose(2, 0, 1))
-
-
-# ---- rejected files
-
-
-def empty_png(width: int, height: int) -> bytes:
-    """A picture that claims this many pixels in a hundred bytes."""
-    parts = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    ]
-    chunks = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def encoded(form: str, part: float = 1, **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(noise(64, 64)).save(buffer, form, **options)
-    return buffer.getvalue()[: int(len(buffer.getvalue()) * part)]
-
-
-REJECTED = {
-    "text.jpg": (lambda: b"<html>not found</html>", "not a picture in BMP, JPEG, PNG, WEBP"),
-    "empty.png": (lambda: b"", "not a picture"),
-    "gif.png": (lambda: encoded("GIF"), "not a picture"),
-    "cut.png": (lambda: encoded("PNG", 0.6), "truncated"),
-    "cut.jpg": (lambda: encoded("JPEG", 0.6), "truncated"),
-    "cut.bmp": (lambda: encoded("BMP", 0.6), "truncated"),
-    "cut.webp": (lambda: encoded("WEBP", 0.6), "could not create decoder object|truncated|decode|not a picture"),
-    "bomb.png": (lambda: empty_png(20_000, 20_000), "decompression bomb"),
-    "large.png": (lambda: empty_png(10_000, 10_000), "decompression bomb"),  # where Pillow only warns
-}
-
-
-@pytest.mark.parametrize("name", REJECTED)
-def test_a_file_that_is_no_harmless_picture_is_rejected_by_name(tmp_path, name):
-    make, reason = REJECTED[name]
-    fill(tmp_path / "in", 5)
-    (tmp_path / "in" / "deep").mkdir()
-    (tmp_path / "in" / "deep" / name).write_bytes(make())
-    with pytest.raises(UserError, match=rf"(?s)1 of 6 pictures cannot be used.*\n  deep/{name}: .*({reason})"):
+def test_all_unusable_pictures_are_listed_in_a_file_and_the_first_are_named(tmp_path):
+    folder, listed = fill(tmp_path / "in", 10), tmp_path / "folder.unusable.txt"
+    for number in range(8):
+        (folder / f"bad{number}.png").write_bytes(b"bad")
+    with pytest.raises(UserError) as caught:
         prepare(drawings(tmp_path))
-    assert not (tmp_path / "folder").exists()
+    head, *rest = str(caught.value).splitlines()
+    assert head.startswith(f"dataset.pictures={folder}: 8 of 18 pictures cannot be used, remove them or go on without")
+    lines = [f"bad{number}.png: not a picture in AVIF, BMP, GIF, JPEG, PNG, TIFF, WEBP" for number in range(8)]
+    assert rest == [*(f"  {line}" for line in lines[:5]), f"  and 3 more, in {listed}"]
+    assert listed.read_text().splitlines() == lines
+    for number in range(8):
+        (folder / f"bad{number}.png").unlink()
+    prepare(drawings(tmp_path))
+    assert not listed.exists()
 
 
-@pytest.mark.parametrize("form", ["BMP", "JPEG", "PNG", "WEBP"])
-def test_a_damaged_file_is_read_or_rejected_and_nothing_else_happens(tmp_path, form):
-    exif = Image.Exif()
-    exif.update({274: 6, 270: "a description", 282: 72.0})
-    whole, outcomes = encoded(form, **({} if form == "BMP" else {"exif": exif})), set()
-    for seed in range(150):
-        rng = np.random.default_rng(seed)
-        content = bytearray(whole[: rng.integers(1, len(whole)) if seed % 4 == 0 else None])
-        for place in rng.integers(0, min(len(content), 200 if seed % 2 else len(content)), seed % 3):
-            content[place] = rng.integers(256)
-        (tmp_path / "a").write_bytes(content)
-        try:
-            outcomes.add(read_picture(tmp_path / "a").shape)
-        except ValueError as error:
-            outcomes.add(type(error))
-    assert outcomes == {(3, 32, 32), ValueError}
+def test_skip_unusable_goes_on_without_them_and_only_then(tmp_path):
+    fill(tmp_path / "in", 10)
+    expected, _ = prepare(drawings(tmp_path))
+    (tmp_path / "in" / "bad.png").write_bytes(b"bad")
+    manifest, is_new = prepare(drawings(tmp_path, skip_unusable=True))
+    assert is_new
+    assert manifest["files"] == expected["files"]
+    assert (manifest["pictures"]["count"], manifest["pictures"]["unusable"]) == (11, 1)
+    assert (tmp_path / "folder.unusable.txt").read_text().startswith("bad.png: not a picture")
+    assert prepare(drawings(tmp_path, skip_unusable=True)) == (manifest, False)
+    with pytest.raises(UserError, match="1 of 11 pictures cannot be used"):
+        prepare(drawings(tmp_path))
+    assert prepare(drawings(tmp_path, skip_unusable=True)) == (manifest, False)
+
+
+def test_a_file_or_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    fill(tmp_path / "in", 5)
+    fill(tmp_path / "in" / "sub", 5, first=5)
+    scandir, sha256_of, decode = os.scandir, pictures.sha256_of, decoding._decode
+
+    def deny(real, name):
+        def call(path):
+            if Path(path).name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", deny(scandir, "sub"))
+        with pytest.raises(UserError, match=r"in/sub: Permission denied"):
+            prepare(drawings(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "sha256_of", deny(sha256_of, "7.png"))
+        patch.setattr(decoding, "_decode", deny(decode, "7.png"))
+        with pytest.raises(UserError, match=r"1 of 10 pictures.*\n  sub/7\.png: Permission denied"):
+            prepare(drawings(tmp_path))
+        assert prepare(drawings(tmp_path, skip_unusable=True))[1]
+        assert not prepare(drawings(tmp_path, skip_unusable=True))[1]
+    assert prepare(drawings(tmp_path))[0]["pictures"]["unusable"] == 0
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_different_pictures_are_no_data_set(tmp_path, count):
+    fill(tmp_path, count)
+    for copy in "ab"[: 2 * count]:
+        stored(noise(32, 32), tmp_path / f"{copy}.bmp")
+    (tmp_path / "a.heic").write_bytes(b"")
+    expected = rf"{3 * count} pictures, {count} of them different, at least 2 needed; passed over: 1 \.heic \(pictures"
+    with pytest.raises(UserError, match=expected):
+        load(tmp_path)
+
+
+def test_what_is_passed_over_is_one_line_with_the_most_frequent_first():
+    counts = Counter({f".{number}": number for number in range(1, 13)})
+    head, _, tail = describe_passed_over(counts).partition(" (")
+    assert head == "passed over: 12 .12, 11 .11, 10 .10, 9 .9, 8 .8, 7 .7, 6 .6, 5 .5, 10 others"
+    assert tail.endswith(".webp; not hidden, no links)")
+    assert describe_passed_over(Counter()) == ""
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_missing_folder_is_an_error_with_the_key(tmp_path, is_file):
+    if is_file:
+        fill(tmp_path, 1)
+    with pytest.raises(UserError, match=r"dataset\.pictures=.*0\.png: there is no such folder"):
+        prepare(dataset("folder", tmp_path, pictures=str(tmp_path / "0.png")))
+
+
+# ---- the split
+
+
+def test_every_image_is_in_exactly_one_split_in_the_order_of_names(tmp_path):
+    train, test, _ = load(fill(tmp_path, 60))
+    images = [noise(32, 32, int(path.stem)).transpose(2, 0, 1).tobytes() for path in find_pictures(tmp_path)[0]]
+    is_held_out = [hashlib.sha256(image).digest() < (2**256 // 10).to_bytes(32, "big") for image in images]
+    assert [image.tobytes() for image in test] == list(itertools.compress(images, is_held_out))
+    assert [image.tobytes() for image in train] == [
+        image for image, held_out in zip(images, is_held_out, strict=True) if not held_out
+    ]
+    assert train.dtype == test.dtype == np.uint8
+    assert train.shape[1:] == test.shape[1:] == (3, 32, 32)
+
+
+def test_further_pictures_move_no_other_into_the_other_split(tmp_path):
+    train, test, _ = load(fill(tmp_path, 40))
+    more_train, more_test, _ = load(fill(tmp_path, 40, first=40))
+    assert as_set(train) < as_set(more_train)
+    assert as_set(test) < as_set(more_test)
+
+
+def digest(share: float, number: int) -> bytes:
+    """A digest that is larger than this share of all digests."""
+    return int(share * 2**40).to_bytes(5, "big") + number.to_bytes(27, "big")
+
+
+@pytest.mark.parametrize(
+    ("shares", "num_test"),
+    [
+        ([0.05] * 3 + [0.5] * 7, 3),
+        ([0.2, 0.15, 0.9], 1),  # none is in the tenth: one all the same
+        ([0.05] * 4, 3),  # all are: not all the same
+        ([0.05] * 10_050 + [0.5] * 10, 10_000),
+    ],
+)
+def test_the_bounds_of_the_held_out_part_hold(shares, num_test):
+    images = {digest(share, number): np.array(number) for number, share in enumerate(shares)}
+    train, test = split(images)
+    lowest = sorted(images)[:num_test]
+    assert test.tolist() == sorted(int(images[key]) for key in lowest)
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(len(shares)))

@@ -25,7 +25,7 @@ def test_the_manifest_names_source_counts_and_digest_but_not_the_disk(tmp_path, 
     assert is_new
     assert manifest["dataset"] == {"name": "folder", "num_images": None, "seed": None, "pictures": "in"}
     digest = sha256_of_pictures(tmp_path / "first" / "in")
-    assert manifest["pictures"] == {"count": 20, "duplicates": 0, "sha256": digest}
+    assert manifest["pictures"] == {"count": 20, "unusable": 0, "duplicates": 0, "sha256": digest}
     assert str(tmp_path) not in json.dumps(manifest)
     (tmp_path / "first").rename(tmp_path / "second")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "second"))
@@ -67,7 +67,7 @@ def drawn(tmp_path) -> Path:
         rng = np.random.default_rng(number)
         image = Image.new("RGB", tuple(rng.integers(40, 120, 2).tolist()), tuple(rng.integers(0, 256, 3).tolist()))
         ImageDraw.Draw(image).ellipse((5, 5, 35, 35), fill=tuple(rng.integers(0, 256, 3).tolist()))
-        suffix = ("png", "jpg", "webp", "bmp")[number % 4]
+        suffix = ("png", "jpg", "webp", "bmp", "gif", "tif", "jfif")[number % 7]
         stored(image, tmp_path / "my pictures" / f"{number % 3}" / f"{number}.{suffix}")
     return tmp_path / "my pictures"
 
@@ -77,14 +77,24 @@ def test_from_a_folder_of_pictures_to_a_trained_model(tmp_path, monkeypatch, com
     monkeypatch.chdir(tmp_path)
     options = [*TINY, "dataset=folder", f"dataset.pictures={drawn}", "dataset.num_images=null"]
     values = compose_config(*options, "runtime.output_dir=run")
+    (drawn / "photo.heic").write_bytes(b"")
+    (drawn / "bad.png").write_bytes(b"bad")
     quoted = re.escape(f"'dataset.pictures='\"'\"'{drawn}'")  # for the shell and for Hydra
     with ends_in_error(capsys, f"holds no prepared data: run `python prepare_data.py .*{quoted}"):
         main.main(values)
+    with ends_in_error(capsys, r"1 of 41 pictures cannot be used.*\n  bad\.png: not a picture"):
+        prepare_data.main(values)
+    values.dataset.skip_unusable = True
     prepare_data.main(values)
     prepare_data.main(values)
-    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("data/folder: "))
-    assert ", of 40 pictures, 0 of them duplicates (written)" in first
+    passed_over, first, passed_over_again, second = capsys.readouterr().out.splitlines()
+    assert passed_over == passed_over_again
+    assert passed_over.startswith("passed over: 1 .heic (pictures are ")
+    counts = ", of 41 pictures, 0 of them duplicates, 1 unusable (listed in data/folder.unusable.txt) (written)"
+    assert first.startswith("data/folder: train.npy ")
+    assert first.endswith(counts)
     assert second == first.replace("(written)", "(already there, verified)")
+    values.dataset.skip_unusable = False  # what is prepared is prepared
     main.main(values)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     manifest = json.loads((tmp_path / "data" / "folder" / "manifest.json").read_text())

@@ -1,0 +1,108 @@
+"""One picture of a folder: decoded by Pillow, in admitted formats only, and reduced to 32x32."""
+
+import functools
+import io
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+from modeling import IMAGE_SIZE
+
+# Whatever the suffix says: Pillow gives some others to outside programs.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_JPEG_DATA = bytes(range(254, 0, -1))  # no marker; its first bit differs from those that libjpeg makes up, zeros
+_UPRIGHT = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What Pillow's decoders raise for damaged files, beside its own errors; AVIF's a RuntimeError.
+_DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+@functools.cache
+def suffixes() -> list[str]:
+    """The suffixes of pictures, as the installed Pillow knows them (.avif is missing where it was built without)."""
+    return sorted(suffix for suffix, form in Image.registered_extensions().items() if form in _FORMATS)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, on white where it is transparent; 16 bits become their upper 8, as Pillow does for colours."""
+    if image.mode in ("I", "F"):  # which `convert` would clip at 0 and 255
+        raise ValueError(f"its pixels are 32-bit numbers (mode {image.mode}) of unknown range, 8 or 16 bits needed")
+    if image.mode.startswith("I;16"):  # clipped, too
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _decode(file: Path | io.BytesIO) -> Image.Image:
+    """The picture in RGB, upright."""
+    with Image.open(file, formats=_FORMATS) as image:
+        if min(image.size) < IMAGE_SIZE:
+            raise ValueError(f"{image.width}x{image.height} pixels, at least {IMAGE_SIZE}x{IMAGE_SIZE} needed")
+        image.load()  # in a PNG the orientation may come last
+        # Not ImageOps.exif_transpose: it rewrites the metadata, and fails where they are damaged.
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return _to_rgb(image if turn is None else image.transpose(turn))
+
+
+def _decode_without_end(path: Path) -> Image.Image | None:
+    """A JPEG that lacks nothing but its end marker; None for any other file.
+
+    libjpeg makes up in silence for data that is missing, but first takes it from whatever follows. So all of it is
+    there if something in front of the added end marker changes no pixel. (A progressive picture that is cut exactly
+    between two of its scans passes: it is whole in a lower quality.)
+    """
+    content = path.read_bytes().rstrip(b"\xff")  # which may be half of the marker
+    if not content.startswith(_JPEG_START):
+        return None
+    image, other = (_decode(io.BytesIO(content + more + _JPEG_END)) for more in (b"", _JPEG_DATA))
+    return image if image.tobytes() == other.tobytes() else None
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A picture's centre square, reduced by Pillow's Lanczos filter (antialiased) to (3, 32, 32) uint8.
+
+    It is turned upright (EXIF); an animation or several pages are their first picture; a colour profile is ignored.
+
+    Raises:
+        ValueError: for a file that is not a whole picture in one of the formats, smaller than 32 pixels on a side, or
+            with more pixels than Pillow considers harmless (89 million).
+    """
+    # A megabyte, by default, is less than some programs write; what all texts of a picture may take stays bounded.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata that does not matter here
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            try:
+                image = _decode(path)
+            except OSError:
+                image = _decode_without_end(path)
+                if image is None:
+                    raise
+    except UnidentifiedImageError:
+        raise ValueError(f"not a picture in {', '.join(_FORMATS)}") from None
+    except (*_DECODING_ERRORS, Image.DecompressionBombWarning) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
