@@ -16,28 +16,25 @@ _NOISE_STD, _BLUR_PIXELS = 15.0, 1.0
 _NOISE_IMAGES = 1000  # at a time
 
 
-def control_images(train: Tensor, test: Tensor, num_images: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def _round(images: Tensor) -> Tensor:
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def control_images(train: Tensor, test: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The training images, and control sets in order of increasing distance from them.
 
     Args:
-        train, test: (N, 3, H, W) uint8.
-        num_images: of each kind; None: as many as possible, half of `train` or all of `test`.
+        train, test: (N, 3, H, W) uint8; n is half of the training images or all test images, whichever are fewer.
 
     Returns:
         The first n training images; and, n of each kind: the second n training images ("train halves"), test images
         ("train / test"), the second n with normal noise of standard deviation 15 of 255 ("noise"), blurred with a
         Gaussian of 1 pixel ("blur"), normal noise with the mean and standard deviation of each pixel ("Gaussian"),
         and uniform noise ("uniform").
-
-    Raises:
-        ValueError: if num_images is larger than what is available.
     """
     from torchvision.transforms.functional import gaussian_blur
 
-    most = min(len(train) // 2, len(test))
-    count = most if num_images is None else num_images
-    if not 1 <= count <= most:
-        raise ValueError(f"num_images must be in 1..{most} (half of the training images, the test images), got {count}")
+    count = min(len(train) // 2, len(test))
     first, second, shape = train[:count], train[count : 2 * count], train.shape[1:]
     noise = torch.empty(second.shape)
     uniform = torch.empty_like(second)
@@ -50,25 +47,22 @@ def control_images(train: Tensor, test: Tensor, num_images: int | None = None) -
     pixels = first.flatten(1).double()
     eigenvalues, eigenvectors = torch.linalg.eigh(torch.cov(pixels.T, correction=0))
     drawn = pixels.mean(0) + noise.flatten(1).double() * eigenvalues.clamp(min=0).sqrt() @ eigenvectors.T
-    rounded = lambda images: images.round().clamp(0, 255).to(torch.uint8)  # noqa: E731
     return first, {
         "train halves": second,
         "train / test": test[:count],
-        "noise": rounded(second + _NOISE_STD * noise),
+        "noise": _round(second + _NOISE_STD * noise),
         "blur": gaussian_blur(second, kernel_size=[2 * math.ceil(3 * _BLUR_PIXELS) + 1] * 2, sigma=[_BLUR_PIXELS] * 2),
-        "Gaussian": rounded(drawn).unflatten(1, shape),
+        "Gaussian": _round(drawn).unflatten(1, shape),
         "uniform": uniform,
     }
 
 
-def control_distances(
-    extractor: Extractor, train: Tensor, test: Tensor, *, num_images: int | None = None
-) -> dict[str, float]:
+def control_distances(extractor: Extractor, train: Tensor, test: Tensor) -> dict[str, float]:
     """Frechet distances of the control sets from the training images, in the order of `control_images`.
 
     All sets have the same number of images, on which the distance depends.
     """
-    reference, controls = control_images(train, test, num_images)
+    reference, controls = control_images(train, test)
     reference = extract_features(extractor, reference, desc="reference").values
     features = {name: extract_features(extractor, images, desc=name).values for name, images in controls.items()}
     return {name: frechet_distance(values, reference) for name, values in features.items()}

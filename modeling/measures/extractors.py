@@ -92,5 +92,8 @@ def load_own_encoder(path: str | Path, device: torch.device | str = "cpu") -> Ex
         FileNotFoundError, CheckpointError: as `modeling.measures.encoder.load_encoder`.
     """
     encoder, _ = load_encoder(path, device)
-    function = lambda images: (encoder.features(to_model_range(images)), None)  # noqa: E731
-    return Extractor("encoder", sha256_of(Path(path)), torch.device(device), function)
+
+    def extract(images: Tensor) -> tuple[Tensor, None]:
+        return encoder.features(to_model_range(images)), None
+
+    return Extractor("encoder", sha256_of(Path(path)), torch.device(device), extract)

@@ -33,14 +33,15 @@ class DistanceMeasure:
         Raises:
             UserError: for too few images, or weights of the extractor that give features which are not finite.
         """
-        samples, data = self.subject.samples.obtain(), self.subject.data
-        generated = self._extract(samples, "samples")
-        record = self._compare(samples, generated, self._extract(data.train, "train", data.cache))
-        identity = self.identity | record["identity"] | self.subject.trained.environment
-        return {"values": record["values"], "identity": identity}
+        return self._measure()[0]
 
-    def _compare(self, samples: Tensor, generated: Features, train: Features) -> Record:
-        return measure_distances(generated, train)
+    def _measure(self) -> tuple[Record, Tensor, Features, Features]:
+        """The record, the samples, and the features of samples and training images."""
+        samples, data = self.subject.samples.obtain(), self.subject.data
+        generated, train = self._extract(samples, "samples"), self._extract(data.train, "train", data.cache)
+        record = measure_distances(generated, train)
+        record["identity"] = self.identity | record["identity"] | self.subject.trained.environment
+        return record, samples, generated, train
 
     def _extract(self, images: Tensor, name: str, cache: Path | None = None) -> Features:
         desc = f"features ({name})"
@@ -62,8 +63,8 @@ class EncoderMeasure(DistanceMeasure):
         extractor = load_own_encoder(subject.options.encoder, subject.trained.device)
         super().__init__(subject, extractor, batch_size=250)
 
-    def _compare(self, samples: Tensor, generated: Features, train: Features) -> Record:
-        record, data = super()._compare(samples, generated, train), self.subject.data
+    def take(self) -> Record:
+        (record, samples, generated, train), data = self._measure(), self.subject.data
         test = self._extract(data.test, "test", data.cache)
         nearest = nearest_neighbours(generated.values[:_SHOWN], train.values, _NEIGHBOURS)[1]
         save_neighbours(samples[:_SHOWN], data.train, nearest, self.subject.folder / "neighbours.png")
