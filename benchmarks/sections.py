@@ -130,6 +130,25 @@ def micro_batches() -> Tables:
             yield f"Micro-batches of a batch of 128, {network}", cases
 
 
+def busy() -> Tables:
+    """Beside a process that needs a CPU for itself: what threads lose that wait for each other."""
+    networks = {"the demo's network": (["model=ddpm_small"], 32), "ddpm 32": (NETWORKS["ddpm 32"], 64)}
+    threads: dict[str, tuple[str, dict[str, str]]] = {
+        "a thread for each CPU": ("null", {}),
+        "the same, waiting as OpenMP does by itself": ("null", {"GOMP_SPINCOUNT": "300000"}),
+        "one thread": ("1", {}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for network, (overrides, batch_size) in networks.items():
+            for where, num_busy in (("alone", 0), ("beside a busy process", 1)):
+                case = {"name": "our training", "batch_size": batch_size, "folder": folder, "num_busy": num_busy}
+                cases = {
+                    label: case | {"overrides": [*overrides, f"runtime.num_threads={count}"], "environment": variables}
+                    for label, (count, variables) in threads.items()
+                }
+                yield f"Training {where}, {network}, batch {batch_size}", cases
+
+
 def layers() -> Tables:
     """Where PyTorch's kernels for the CPU are slow: GroupNorm with channels last and few in a group, and ReLU."""
     for channels, num_groups, pixels in ((32, 8, 32), (64, 16, 16), (128, 32, 16), (128, 8, 32)):
@@ -175,5 +194,6 @@ def scaling() -> Tables:
 
 
 SECTIONS = {
-    section.__name__: section for section in (peaks, loading, training, steps, micro_batches, layers, sampling, scaling)
+    section.__name__: section
+    for section in (peaks, loading, training, steps, micro_batches, busy, layers, sampling, scaling)
 }

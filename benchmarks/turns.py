@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ class Worker:
         self.rates: list[float] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
+            env=os.environ | case.get("environment", {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -65,7 +67,8 @@ def measure(title: str, cases: dict[str, dict], rounds: int, seconds: float) -> 
         workers += [Worker(label, case) for label, case in cases.items()]
         for worker in workers:  # one after the other: each needs all cores to warm up
             print(f"{title}: warming up {worker.label}", file=sys.stderr, flush=True)
-            flops.append(worker.ask(worker.case)["flops_per_image"])
+            question = {key: value for key, value in worker.case.items() if key != "environment"}
+            flops.append(worker.ask(question)["flops_per_image"])
         for number in range(rounds):
             print(f"{title}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for worker in workers:

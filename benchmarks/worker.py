@@ -4,10 +4,12 @@ Lines of JSON on standard input: the contender and its arguments, then numbers o
 output: its FLOPs, when it is warm; for each number the images and the seconds; at the end the peak memory.
 """
 
+import contextlib
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from benchmarks.kernels import group_norm, peak_convolution, peak_matmul, relu
 from benchmarks.peers import diffusers_training, lucidrains_training
@@ -44,15 +46,29 @@ def timed(run: Callable[[int], None], seconds: float) -> tuple[int, float]:
     return 1 + num_steps, time.perf_counter() - start
 
 
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Inside, this many other processes need a CPU each."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def main() -> None:
     arguments = json.loads(sys.stdin.readline())
+    num_busy = arguments.pop("num_busy", 0)
     with errors_in_one_line():
         contender = CONTENDERS[arguments.pop("name")](**arguments)
     if timed(contender.run, 0)[1] < WARM_UP_SECONDS:  # allocations, kernels chosen, compilation
         contender.run(1)
     print(json.dumps({"flops_per_image": contender.flops_per_image}), flush=True)
     for line in sys.stdin:
-        num_steps, seconds = timed(contender.run, json.loads(line))
+        with busy_processes(num_busy):
+            num_steps, seconds = timed(contender.run, json.loads(line))
         print(json.dumps({"images": num_steps * contender.images_per_step, "seconds": seconds}), flush=True)
     print(json.dumps({"memory_bytes": peak_memory_bytes()}), flush=True)
 

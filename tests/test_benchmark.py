@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ import benchmark
 from benchmarks import sampling, training
 from benchmarks.contender import compose, network_flops, plain_network
 from benchmarks.report import slope, table
-from benchmarks.worker import timed
+from benchmarks.worker import busy_processes, timed
 from modeling.build import build_batches
 from modeling.data import load_images
 from modeling.stage import read_manifest
@@ -108,6 +109,13 @@ def test_both_samplers_evaluate_the_network_once_a_step(overrides):
         hook.remove()
         assert len(calls) == 5, make
         calls.clear()
+
+
+def test_busy_processes_end_with_their_section():
+    with busy_processes(2):
+        found = psutil.Process().children()
+        assert len(found) == 2
+    assert not any(process.is_running() for process in found)
 
 
 @pytest.mark.long
