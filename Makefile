@@ -1,6 +1,8 @@
 # `make help` lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+WITHOUT_GIT := $(if $(wildcard .git),,.dvc/config.local)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo train record encoder test test-isa test-faults test-long mutants bench check check-lock clean
@@ -9,19 +11,24 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -r requirements.txt
+	@echo "installing PyTorch and what else a run needs into .venv: once, about 5 GB, 2 to 10 minutes"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) -r requirements.txt
 	@touch $@
 
 .venv/dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install -q -r requirements-dev.txt
+	@echo "installing what tests and checks need into .venv"
+	@$(PIP) -r requirements-dev.txt
 	@touch $@
+
+.dvc/config.local: # a downloaded ZIP is no Git repository, in which DVC refuses to work unless it is told so
+	@printf '[core]\n    no_scm = true\n' > $@
 
 demo: .venv/installed ## draw shapes, train on them, write a grid of samples (about 5 minutes on 2 cores)
 	$(BIN)/python prepare_data.py experiment=demo
 	$(BIN)/python main.py experiment=demo
 
-train: .venv/installed ## CIFAR-10: the recorded pipeline (dvc repro), under 10 minutes on 2 cores
+train: .venv/installed $(WITHOUT_GIT) ## CIFAR-10: the recorded pipeline (dvc repro), under 10 minutes on 2 cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 
 record: train ## after a change of what a stage computes: the recorded run again, and what to commit
@@ -57,7 +64,7 @@ check: .venv/dev ## style, types and spelling
 	$(BIN)/basedpyright
 	$(BIN)/codespell
 
-check-lock: .venv/installed ## dvc.lock is true: code and values are those of the recorded run (needs no data)
+check-lock: .venv/installed $(WITHOUT_GIT) ## dvc.lock is true: code and values are those of the recorded run (needs no data)
 	@if $(BIN)/dvc repro --allow-missing --dry 2>&1 | grep -q "^Data and pipelines are up to date"; \
 	then echo "dvc.lock is true"; \
 	else echo "dvc.lock is stale: run \`make record\` and commit what it lists" >&2; exit 1; fi

@@ -91,7 +91,9 @@ def repository(tmp_path_factory) -> Path:
     from hydra import compose, initialize_config_dir
 
     root = tmp_path_factory.mktemp("pipeline") / "repository"
-    for name in command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0"):
+    command("git", "init", "-q", str(root), cwd=ROOT)
+    of_root = ("--git-dir", str(root / ".git"), "--work-tree", ".")  # which may have no Git of its own
+    for name in command("git", *of_root, "ls-files", "-z", "--others", "--exclude-standard", cwd=ROOT).split("\0"):
         if name and not name.startswith("outputs/") and (ROOT / name).exists():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name, follow_symlinks=False)
@@ -100,7 +102,6 @@ def repository(tmp_path_factory) -> Path:
         config = parse(compose("config", overrides=TINY))
     (root / "params.yaml").write_text(to_yaml(config))
     for words in (
-        ("git", "init", "-q"),
         ("git", "config", "user.email", "test@example.com"),
         ("git", "config", "user.name", "Test"),
         ("dvc", "repro", "-q"),
