@@ -143,7 +143,8 @@ def load_pictures(
     else:
         unusable_list.unlink(missing_ok=True)
     if unusable and not skip_unusable:
-        more = [f"and {len(unusable) - _MAX_NAMED} more, in {unusable_list}"] if len(unusable) > _MAX_NAMED else []
+        num_more = len(unusable) - _MAX_NAMED
+        more = [f"and {num_more} more: {unusable_list} lists all"] if num_more > 0 else []
         head = (
             f"dataset.pictures={folder}: {len(unusable)} of {len(paths)} pictures cannot be used, remove them or go on "
             "without them (dataset.skip_unusable=true):"

@@ -81,7 +81,7 @@ def test_all_unusable_pictures_are_listed_in_a_file_and_the_first_are_named(tmp_
     head, *rest = str(caught.value).splitlines()
     assert head.startswith(f"dataset.pictures={folder}: 8 of 18 pictures cannot be used, remove them or go on without")
     lines = [f"bad{number}.png: not a picture in AVIF, BMP, GIF, JPEG, PNG, TIFF, WEBP" for number in range(8)]
-    assert rest == [*(f"  {line}" for line in lines[:5]), f"  and 3 more, in {listed}"]
+    assert rest == [*(f"  {line}" for line in lines[:5]), f"  and 3 more: {listed} lists all"]
     assert listed.read_text().splitlines() == lines
     for number in range(8):
         (folder / f"bad{number}.png").unlink()
