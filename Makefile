@@ -11,7 +11,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: requirements.txt
-	@echo "installing PyTorch and what else a run needs into .venv: once, about 5 GB, 2 to 10 minutes"
+	@echo "installing PyTorch and what else a run needs into .venv: once, about 6 GB, 2 to 10 minutes"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) -r requirements.txt
 	@touch $@

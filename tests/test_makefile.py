@@ -43,4 +43,4 @@ def test_the_installation_is_one_line_unless_it_fails(tmp_path):
     done = make(tmp_path, ".venv/installed")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
-    assert "5 GB" in done.stdout
+    assert "6 GB" in done.stdout
