@@ -70,9 +70,10 @@ def _decode_without_end(path: Path) -> Image.Image | None:
     there if something in front of the added end marker changes no pixel. (A progressive picture that is cut exactly
     between two of its scans passes: it is whole in a lower quality.)
     """
-    content = path.read_bytes().rstrip(b"\xff")  # which may be half of the marker
-    if not content.startswith(_JPEG_START):
-        return None
+    with path.open("rb") as file:
+        if file.read(len(_JPEG_START)) != _JPEG_START:
+            return None
+        content = _JPEG_START + file.read().rstrip(b"\xff")  # which may be half of the marker
     image, other = (_decode(io.BytesIO(content + more + _JPEG_END)) for more in (b"", _JPEG_DATA))
     return image if image.tobytes() == other.tobytes() else None
 
