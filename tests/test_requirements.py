@@ -18,6 +18,7 @@ LOCK = (ROOT / "requirements.lock").read_text()
 FLOORS = {
     "torch": "2.10",  # CVE-2026-24747: torch.load with weights_only=True could be made to run code
     "hydra-core": "1.3.7",  # CVE-2026-68508, a configuration that names a callable, and the ways around its first fix
+    "pillow": "13.0",  # CVE-2026-112403: the JPEG decoder wrote, and the TIFF decoder read, beyond its memory
 }
 PIN = re.compile(r"([a-z0-9-]+)==(\d[a-z0-9.]*)")
 
@@ -80,11 +81,11 @@ def test_no_pin_is_below_its_security_floor():
 @pytest.mark.parametrize(
     ("text", "low"),
     [
-        ("torch==2.9.1\nhydra-core==1.3.8", {"torch"}),
-        ("torch==2.10.0\nhydra-core==1.3.6", {"hydra-core"}),
-        ("torch==2.10.0rc1\nhydra-core==1.3.7", {"torch"}),
-        ("torch==2.10.0", {"hydra-core"}),
-        ("torch==2.10.0\nhydra-core==1.3.7", set()),
+        ("torch==2.9.1\nhydra-core==1.3.8\npillow==13.0.0", {"torch"}),
+        ("torch==2.10.0\nhydra-core==1.3.6\npillow==12.3.0", {"hydra-core", "pillow"}),
+        ("torch==2.10.0rc1\nhydra-core==1.3.7\npillow==13.0.0", {"torch"}),
+        ("torch==2.10.0\npillow==13.0.0", {"hydra-core"}),
+        ("torch==2.10.0\nhydra-core==1.3.7\npillow==13.0.0", set()),
     ],
 )
 def test_a_pin_below_its_security_floor_is_noticed(text, low):
