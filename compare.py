@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 
 from modeling.comparison.bands import compare
-from modeling.comparison.curves import read_run, read_yaml
+from modeling.comparison.curves import read_run
 from modeling.comparison.references import choose_reference, command_of, load_references, make_reference, save_reference
 from modeling.comparison.report import describe, judge, plot
 from modeling.system.errors import errors_in_one_line
+from modeling.system.reading import read_yaml
 
 ROOT = Path(__file__).parent
 
@@ -42,7 +43,7 @@ def main() -> int:
     with errors_in_one_line(exit_code=2):
         run = read_run(options.run)
         if options.save:
-            command = options.command or command_of(run.config, read_yaml(ROOT / "params.yaml"))
+            command = options.command or command_of(run.config, read_yaml(ROOT / "params.yaml", dict))
             reference = make_reference(run, options.save, command, datetime.date.today().isoformat())
             print(f"{save_reference(reference, options.references)}: {command}")
             return 0

@@ -3,14 +3,11 @@
 Each file is written completely or not at all. Loading a file never executes code from it.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import pickle
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -21,6 +18,7 @@ from torch.optim import Optimizer
 
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
+from modeling.system.reading import parse_json, read_safetensors, reading
 
 FORMAT = 2
 _DIGEST_CHARACTERS = 64
@@ -41,24 +39,6 @@ class Checkpoint(TypedDict):
 
 class CheckpointError(UserError):
     """A file is no checkpoint of this project, is damaged, or does not fit."""
-
-
-@contextlib.contextmanager
-def reading(path: str | Path, kind: str) -> Iterator[None]:
-    """Turns any exception raised while reading an untrusted file into a CheckpointError; OSError passes through.
-
-    Args:
-        kind: what the file should be, for the message.
-    """
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # a malicious file may raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's message explains how to load it anyway
-            reason = "it holds more than tensors and plain values"
-        raise CheckpointError(f"{path} is no {kind}, or damaged: {reason}") from error
 
 
 def _seal(archive: io.BytesIO) -> None:
@@ -168,7 +148,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    with reading(path, "checkpoint"):
+    with reading(path, "checkpoint", error=CheckpointError):
         _check(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -190,7 +170,7 @@ def load_tensors(path: str | Path, content: bytes | None = None) -> dict[str, Te
     Raises:
         CheckpointError: for a file that is damaged or holds anything but named tensors.
     """
-    with reading(path, "file of weights"):
+    with reading(path, "file of weights", error=CheckpointError):
         file = path if content is None else io.BytesIO(content)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
@@ -243,8 +223,7 @@ def load_weights(path: str | Path, kind: str = "ema") -> tuple[dict, dict[str, T
         raise FileNotFoundError(f"{path}: there is no such file")
     if kind != "ema":
         raise CheckpointError(f"{path} holds averaged weights only: the {kind} ones are in a run's checkpoints/last.pt")
-    from safetensors import safe_open
-
-    with reading(path, "exported model of this project"), safe_open(path, framework="pt") as file:
-        config = json.loads((file.metadata() or {})["config"])
-        return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    kind = "exported model of this project"
+    metadata, tensors = read_safetensors(path, kind, CheckpointError)
+    with reading(path, kind, error=CheckpointError):
+        return parse_json(metadata["config"], dict[str, Any]), tensors

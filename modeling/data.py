@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from modeling.seeding import Purpose, draw_integers, draw_permutation
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
+from modeling.system.reading import read_array
 
 if TYPE_CHECKING:  # its module imports OmegaConf, which training does not need
     from modeling.stage import Manifest
@@ -82,4 +82,4 @@ def load_images(folder: str | Path, split: str, manifest: "Manifest") -> Tensor:
         raise UserError(f"{path} is missing: {remedy}")
     if (digest := sha256_of(path)) != manifest["files"][path.name]["sha256"]:
         raise UserError(f"{path} is not what was prepared (its SHA-256 is {digest}): {remedy}")
-    return torch.from_numpy(np.load(path, allow_pickle=False))
+    return torch.from_numpy(read_array(path, remedy))

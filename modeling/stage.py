@@ -1,16 +1,17 @@
 """What both stages agree on: the values they run on and the prepared data. Imports no torch."""
 
-import json
 import os
 import re
 import shlex
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
 
 from omegaconf import DictConfig, OmegaConf
+from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on only
 
 from modeling.config import Config, Dataset, parse
 from modeling.system.errors import UserError
+from modeling.system.reading import parse_json, read_yaml, reading
 
 
 def parse_stage(values: DictConfig) -> Config:
@@ -21,7 +22,7 @@ def parse_stage(values: DictConfig) -> Config:
     """
     config = parse(values)
     if "DVC_STAGE" in os.environ:
-        if config != parse(OmegaConf.load("params.yaml")):
+        if config != parse(OmegaConf.create(read_yaml(Path("params.yaml"), dict[str, Any]))):
             raise UserError(
                 "inside a DVC stage the values must be those of params.yaml: use `dvc exp run -S key=value`"
             )
@@ -31,9 +32,6 @@ def parse_stage(values: DictConfig) -> Config:
                 "know, expected auto or never"
             )
     return config
-
-
-_SPLITS = ("train", "test")
 
 
 class FileFacts(TypedDict):
@@ -76,6 +74,22 @@ def _override(key: str, value: object) -> str:
     return shlex.quote(f"{key}={value}")
 
 
+def load_manifest(folder: Path, remedy: str) -> Manifest:
+    """The manifest in a folder of prepared data.
+
+    Raises:
+        UserError: when there is none, or it is damaged; names the remedy.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no prepared data: {remedy}")
+    with reading(path, "manifest of prepared data", remedy):
+        manifest = parse_json(path.read_bytes(), Manifest)
+        if not isinstance(manifest["dataset"].get("name"), str) or set(manifest["files"]) != {"train.npy", "test.npy"}:
+            raise ValueError("it describes other data")
+        return manifest
+
+
 def read_manifest(dataset: Dataset) -> Manifest:
     """The manifest of the prepared data.
 
@@ -87,16 +101,9 @@ def read_manifest(dataset: Dataset) -> Manifest:
     for key in ("root", "archive", "pictures", "skip_unusable", "num_images", "seed"):
         if (value := getattr(dataset, key)) is not None and value is not False:
             command += f" {_override(f'dataset.{key}', value)}"
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        found = manifest["dataset"]
-        wanted = {key: getattr(dataset, key, None) for key in found}
-        if not found or not all(isinstance(manifest["files"][f"{split}.npy"]["sha256"], str) for split in _SPLITS):
-            raise ValueError("it describes no data")
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no prepared data: run `{command}`") from None
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{folder}/manifest.json is damaged: run `{command}`") from None
+    manifest = load_manifest(folder, f"run `{command}`")
+    found = manifest["dataset"]
+    wanted = {key: getattr(dataset, key, None) for key in found}
     if found != wanted:
         raise UserError(f"{folder} was prepared with {found}, not with {wanted}: run `{command}`")
     return manifest

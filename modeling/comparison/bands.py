@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from modeling.comparison.curves import Curve, RunRecord
-from modeling.comparison.references import Differences, Reference
+from modeling.comparison.references import BINS, Differences, Reference
 from modeling.system.errors import UserError
 
 NUM_WINDOWS = 25  # in which curves are compared, at most
@@ -24,7 +24,6 @@ NUM_ERRORS = 2.5
 NUM_ALARM = 3
 
 DRAW_KEYS = ("seed", "dataset.", "train.batch_size", "train.random_flip", "diffusion.num_timesteps")
-BINS = "eval/heldout_ema"  # the loss at the end that is also compared by timestep
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,17 @@
 """What a run's folder says: its configuration, the curve of its training loss and its losses at the end."""
 
 import contextlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from typing_extensions import TypedDict
 
 from modeling.run.identity import run_length
 from modeling.system.errors import UserError
+from modeling.system.reading import check, parse_json, read_json, read_json_lines, read_yaml, reading
 
 # Keys that do not change a curve, or only the steps at which it is looked at; True: the whole section.
 LEFT_OUT: dict[str, Any] = {
@@ -21,6 +20,43 @@ LEFT_OUT: dict[str, Any] = {
     "runtime": True,
     "wandb": True,
 }
+
+
+# ---- what is read of a run's files
+
+
+class _Dataset(TypedDict):
+    name: str
+    root: str
+    num_images: int | None
+
+
+class _Train(TypedDict):
+    batch_size: int
+    num_epochs: int
+    max_steps: int | None
+    log_every: int
+
+
+class _Config(TypedDict):
+    dataset: _Dataset
+    train: _Train
+
+
+_Row = TypedDict("_Row", {"step": int, "train/loss": float | None, "train/skipped": int, "seconds": float})
+
+
+class _Metrics(TypedDict):
+    steps: int
+    bins: NotRequired[dict[str, dict[str, float]]]
+
+
+class _File(TypedDict):
+    count: int
+
+
+class _Manifest(TypedDict):
+    files: dict[str, _File]
 
 
 @dataclass(frozen=True)
@@ -54,32 +90,15 @@ class RunRecord:
         last_step: the run's length; None where it cannot be known.
     """
 
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     curve: Curve
     step: int
     seconds: float
-    metrics: dict[str, Any] | None
+    metrics: Mapping[str, Any] | None
     last_step: int | None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's values.
-
-    Raises:
-        UserError: if it is missing or damaged.
-    """
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected the folder of a run that has begun") from error
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: expected keys and values")
-    return {str(key): value for key, value in values.items()}
-
-
-def comparable(config: dict[str, Any]) -> dict[str, Any]:
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that shapes the curves, without the machine."""
     sections = {key: value for key, value in config.items() if LEFT_OUT.get(key) is not True}
     for key in LEFT_OUT.keys() & sections:
@@ -87,14 +106,24 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     return sections
 
 
-def _length(config: dict[str, Any]) -> int | None:
+def _length(config: _Config) -> int | None:
     dataset, train = config["dataset"], config["train"]
     num_images, manifest = dataset["num_images"], Path(dataset["root"]) / dataset["name"] / "manifest.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):  # the run may be from another machine
-        num_images = json.loads(manifest.read_text())["files"]["train.npy"]["count"]
+    with contextlib.suppress(OSError, UserError, KeyError):  # the run may be from another machine
+        num_images = read_json(manifest, _Manifest)["files"]["train.npy"]["count"]
     if num_images is None:
         return None
     return run_length(num_images, train["batch_size"], train["num_epochs"], train["max_steps"])
+
+
+def _read_metrics(path: Path) -> _Metrics | None:
+    """The content of metrics.json; None where there is none."""
+    if not path.exists():
+        return None
+    with reading(path, "metrics of a finished run"):
+        metrics = parse_json(path.read_bytes(), _Metrics)
+        check({key: loss for key, loss in metrics.items() if key.startswith("eval/")}, dict[str, float])
+        return metrics
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -103,31 +132,27 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         UserError: if its files are missing or damaged, or hold no loss yet.
     """
-    config, path = read_yaml(folder / "config.yaml"), folder / "metrics.jsonl"
+    path = folder / "metrics.jsonl"
     try:
-        batch_size, log_every = (config["train"][key] for key in ("batch_size", "log_every"))
-        # Whole lines only: a run in progress may be writing the last one.
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        if not rows:
-            raise UserError(f"too early: {path} is empty, its first line comes at step {log_every:,}")
-        table = [[row[key] for key in ("step", "train/loss", "train/skipped")] for row in rows]
-        steps, losses, skipped = np.array(table, dtype=float).T  # null becomes nan
-        metrics = path.with_name("metrics.json")
-        metrics = json.loads(metrics.read_text()) if metrics.exists() else None
-        if metrics and metrics["steps"] != steps[-1]:
-            metrics = None  # those of a shorter run, which this one resumes
-        start = max(0, steps[0] - log_every)  # above 0 if the run began from another one's checkpoint
-        edges = np.concatenate([[start], steps])
-        counts = np.diff(edges) - np.diff(skipped, prepend=skipped[0] if start else 0)
-        if (np.diff(edges) <= 0).any() or (counts < 0).any():
-            raise UserError(f"{path} is damaged: its steps do not rise")
-        counts = np.where(np.isfinite(losses), counts, 0) * batch_size
-        curve = Curve(edges * batch_size, np.where(counts > 0, losses, 0), counts)
-        last_step = _length(config) if metrics is None else metrics["steps"]
-        return RunRecord(config, curve, int(steps[-1]), rows[-1]["seconds"], metrics, last_step)
-    except UserError:
-        raise
+        config, rows = read_yaml(folder / "config.yaml", _Config), read_json_lines(path, _Row)
+        metrics = _read_metrics(folder / "metrics.json")
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; expected a run that has begun") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: config.yaml, metrics.jsonl or metrics.json is damaged: {error!r}") from error
+        raise UserError(f"{error.filename}: {error.strerror}; expected the folder of a run that has begun") from error
+    batch_size, log_every = config["train"]["batch_size"], config["train"]["log_every"]
+    if not rows:
+        raise UserError(f"too early: {path} is empty, its first line comes at step {log_every:,}")
+    if None in rows:
+        raise UserError(f"{path}: line {rows.index(None) + 1} is damaged; a run that resumes leaves it out")
+    table = [[row["step"], row["train/loss"], row["train/skipped"], row["seconds"]] for row in rows if row]
+    steps, losses, skipped, seconds = np.array(table, dtype=float).T  # null becomes nan
+    if metrics and metrics["steps"] != steps[-1]:
+        metrics = None  # those of a shorter run, which this one resumes
+    start = max(0, steps[0] - log_every)  # above 0 if the run began from another one's checkpoint
+    edges = np.concatenate([[start], steps])
+    counts = np.diff(edges) - np.diff(skipped, prepend=skipped[0] if start else 0)
+    if (np.diff(edges) <= 0).any() or (counts < 0).any():
+        raise UserError(f"{path} is damaged: its steps do not rise")
+    counts = np.where(np.isfinite(losses), counts, 0) * batch_size
+    curve = Curve(edges * batch_size, np.where(counts > 0, losses, 0), counts)
+    last_step = _length(config) if metrics is None else metrics["steps"]
+    return RunRecord(config, curve, int(steps[-1]), float(seconds[-1]), metrics, last_step)

@@ -4,18 +4,22 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from modeling.comparison.curves import Curve, RunRecord, comparable
 from modeling.run.identity import describe_differences, differences
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
+from modeling.system.reading import check, parse_json, reading
 
 NUM_POINTS = 100  # of a reference's curve, at most
 MIN_LINES = 30  # of metrics.jsonl, below which the scatter is unknown
+BINS = "eval/heldout_ema"  # the loss at the end that is also compared by timestep
 MUST_MATCH = ("dataset.name", "diffusion.")  # else the losses measure different things
 
 Differences = dict[str, tuple[Any, Any]]  # dotted key -> (value in the reference, in the run)
@@ -93,37 +97,18 @@ def make_reference(run: RunRecord, name: str, command: str, date: str) -> Refere
     losses, counts = curve.average(edges)
     variances, _ = Curve(curve.edges, image_scatter(curve) ** 2, curve.counts).average(edges)
     table = np.stack([steps, ends, counts, losses, np.sqrt(variances / counts)], axis=1).tolist()
-    try:
-        return Reference(
-            name=name,
-            command=command,
-            date=date,
-            steps=metrics["steps"],
-            images=metrics["images"],
-            seconds=metrics["seconds"],
-            images_per_second=metrics["images_per_second"],
-            parameters=metrics["parameters"],
-            bins=metrics["bins"],
-            data_sha256=metrics["data_sha256"],
-            code_sha256=metrics["code_sha256"],
-            hardware=Hardware(
-                device=metrics["device"],
-                threads=metrics["threads"],
-                precision=metrics["precision"],
-                torch=metrics["torch"],
-            ),
-            losses={key: value for key, value in metrics.items() if key.startswith("eval/")},
-            config=comparable(run.config),
-            curve=[
-                Point(step=step, images=end, count=count, loss=loss, standard_error=error)
-                for step, end, count, loss, error in table
-            ],
-        )
-    except KeyError as error:
-        raise UserError(f"metrics.json lacks {error}") from error
+    about = {"name": name, "command": command, "date": date}
+    made = {key: metrics[key] for key in Reference.__annotations__ if key in metrics} | {
+        "hardware": {key: metrics[key] for key in Hardware.__annotations__ if key in metrics},
+        "losses": {key: loss for key, loss in metrics.items() if key.startswith("eval/")},
+        "config": comparable(run.config),
+        "curve": [dict(zip(Point.__annotations__, row, strict=True)) for row in table],
+    }
+    with reading("metrics.json", "file of a whole run"):
+        return check(about | made, Reference)
 
 
-def command_of(config: dict[str, Any], default: dict[str, Any]) -> str:
+def command_of(config: Mapping[str, Any], default: Mapping[str, Any]) -> str:
     """The command that trains with this configuration on any machine: it names what differs from the default."""
     default = comparable(default)
     wanted = {  # what an older configuration does not know stays as it is
@@ -163,18 +148,15 @@ def load_references(folder: Path) -> dict[str, Reference]:
     """
     references = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            references[path.stem] = json.loads(path.read_text())
-            missing = ", ".join(sorted(Reference.__required_keys__ - references[path.stem].keys()))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-        if missing:
-            raise UserError(f"{path} is no reference: it lacks {missing}")
+        with reading(path, "reference", "delete it, or name another folder with --references"):
+            references[path.stem] = reference = parse_json(path.read_bytes(), Reference)
+            if not reference["curve"] or not {BINS} <= reference["bins"].keys() & reference["losses"].keys():
+                raise ValueError(f"it needs a curve and {BINS}")
     return references
 
 
 def choose_reference(
-    references: dict[str, Reference], config: dict[str, Any], name: str | None = None
+    references: dict[str, Reference], config: Mapping[str, Any], name: str | None = None
 ) -> tuple[Reference, Differences]:
     """The reference of this name, else the one whose configuration differs from the run's in the fewest keys.
 

@@ -16,7 +16,7 @@ from modeling.config import Dataset
 from modeling.datasets.cifar10 import load_cifar10
 from modeling.datasets.pictures import load_pictures, sha256_of_pictures
 from modeling.datasets.shapes import draw_shapes
-from modeling.stage import Facts, Manifest, repository
+from modeling.stage import Facts, Manifest, load_manifest, repository
 from modeling.system.errors import UserError
 from modeling.system.files import locked, npy_bytes, sha256_of, write_atomically
 from modeling.system.progress import progress_bar
@@ -88,15 +88,16 @@ def _is_valid(dataset: Dataset) -> bool:
     """Whether the folder holds what is wanted, every byte of it, made from the pictures as they are now."""
     folder = dataset.folder
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["dataset"] != _wanted(dataset) or set(manifest["files"]) != {"train.npy", "test.npy"}:
+        manifest = load_manifest(folder, "prepare it again")
+        if manifest["dataset"] != _wanted(dataset):
             return False
         is_whole = all(sha256_of(folder / name) == entry["sha256"] for name, entry in manifest["files"].items())
         if not is_whole or dataset.name != "folder":
             return is_whole
-        pictures = manifest["pictures"]
-        is_admitted = pictures["unusable"] == 0 or dataset.skip_unusable is True
-        return is_admitted and pictures["sha256"] == sha256_of_pictures(pictures_folder(dataset))
+        pictures = manifest.get("pictures")
+        if pictures is None or (pictures["unusable"] and dataset.skip_unusable is not True):
+            return False
+        return pictures["sha256"] == sha256_of_pictures(pictures_folder(dataset))
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
@@ -177,4 +178,4 @@ def prepare(dataset: Dataset) -> tuple[Manifest, bool]:
             f"{place}: {error.strerror or error}: free some space or change its permissions, "
             "or set dataset.root (prepared data) or dataset.archive (the archive) to another place"
         ) from error
-    return json.loads((folder / "manifest.json").read_text()), files is not None
+    return load_manifest(folder, "run prepare_data.py again"), files is not None

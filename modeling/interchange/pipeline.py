@@ -1,19 +1,19 @@
 """Our checkpoint as the folder of a DDPMPipeline of diffusers, and such a folder as our checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
-from modeling.checkpoint import CheckpointError, export_weights, load_tensors, load_weights, reading
+from modeling.checkpoint import CheckpointError, export_weights, load_tensors, load_weights
 from modeling.config import Config, parse
-from modeling.interchange.network import from_diffusers, to_diffusers
+from modeling.interchange.network import from_diffusers, to_diffusers, unet_arguments
 from modeling.interchange.scheduler import diffusion_arguments, scheduler_config
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically, write_json
+from modeling.system.reading import read_json, read_safetensors, reading
 
 UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # beside the network's config
@@ -34,7 +34,8 @@ def write_pipeline(checkpoint: str, folder: Path) -> None:
         UserError: if it is damaged, or diffusers does not have its network or diffusion process.
     """
     stored, weights = load_weights(checkpoint)
-    config = parse(stored, Config)
+    with reading(checkpoint, "trained model of this project"):
+        config = parse(stored, Config)
     if config.model.name != "ddpm":
         raise UserError(f"model.name must be ddpm for diffusers, got {config.model.name}")
     process = config.diffusion.model_dump(include={"num_timesteps", "schedule", "betas", "prediction"})
@@ -54,9 +55,8 @@ def _read_config(folder: Path, name: str, class_name: str) -> tuple[Path, dict[s
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: there is neither {name} nor {Path(name).name}")
-    with reading(path, "JSON"):
-        content = json.loads(path.read_bytes())
-    if not isinstance(content, dict) or content.get("_class_name") != class_name:
+    content = read_json(path, dict[str, Any])
+    if content.get("_class_name") != class_name:
         raise CheckpointError(f"{path} is not the config of a {class_name}")
     return path, content
 
@@ -68,8 +68,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{folder}: there is neither {' nor '.join(WEIGHTS)}")
     if path.suffix != ".safetensors":
         return load_tensors(path)
-    with reading(path, "file of weights"):
-        return load_file(path)
+    return read_safetensors(path, "file of weights")[1]
 
 
 def read_pipeline(folder: Path, out: Path, config: Config) -> None:
@@ -83,14 +82,17 @@ def read_pipeline(folder: Path, out: Path, config: Config) -> None:
         UserError: if one is damaged, or we do not have its network or diffusion process.
     """
     path, unet = _read_config(folder, UNET, "UNet2DModel")
-    _, scheduler = _read_config(folder, SCHEDULER, "DDPMScheduler")
-    diffusion = diffusion_arguments(scheduler)
-    arguments, weights = from_diffusers(unet, _read_weights(path.parent))
-    for key, expected in IMAGE.items():
-        if (found := arguments.pop(key)) != expected:
-            raise UserError(f"{path}: {key} must be {expected}, got {found}")
+    scheduler_path, scheduler = _read_config(folder, SCHEDULER, "DDPMScheduler")
     values = config.model_dump()
-    values["model"] = {"name": "ddpm", **arguments}
-    values["diffusion"] |= diffusion
-    model = build.build_trained_model(parse(values, Config), weights)
-    export_weights(out, model.eps_model, values)
+    with reading(scheduler_path, "diffusion process of this project"):
+        values["diffusion"] |= diffusion_arguments(scheduler)
+        parse(values, Config)
+    with reading(path, "network of this project"):
+        arguments = unet_arguments(unet)
+        for key, expected in IMAGE.items():
+            if (found := arguments.pop(key)) != expected:
+                raise UserError(f"{key} must be {expected}, got {found}")
+        values["model"] = {"name": "ddpm", **arguments}
+        config = parse(values, Config)
+    _, weights = from_diffusers(unet, _read_weights(path.parent))
+    export_weights(out, build.build_trained_model(config, weights).eps_model, values)

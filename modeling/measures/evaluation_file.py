@@ -1,19 +1,29 @@
 """`evaluation.json`: numbers, each with everything that it depends on."""
 
-import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from modeling.measures.resumable import as_stored
-from modeling.system.errors import UserError
+from modeling.system.reading import read_json
 
 FILE = "evaluation.json"
+
+
+class Bound(TypedDict):
+    """What is shown of a bound in bits per dimension."""
+
+    total: float
+    standard_error: float | None
+    rate: float
+    distortion: float
 
 
 class Record(TypedDict):
     """The numbers of one measure."""
 
-    values: dict[str, Any]
+    values: dict[str, float | dict[str, float] | Bound]
     identity: dict[str, Any]  # everything that they depend on, plain values
 
 
@@ -23,16 +33,9 @@ def read_records(path: Path) -> dict[str, Record]:
     Raises:
         UserError: for a damaged file.
     """
-    try:
-        records = json.loads(path.read_text())
-        for name, record in records.items():
-            if not isinstance(record["values"], dict) or not isinstance(record["identity"], dict):
-                raise TypeError(f"{name} is no record")
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, or name another folder with out=") from error
-    return records
+    return read_json(path, dict[str, Record], "delete it, or name another folder with out=")
 
 
 def is_of(record: Record, identity: dict[str, Any]) -> bool:
@@ -44,7 +47,7 @@ def describe_record(name: str, record: Record) -> str:
     """A line for each number, for the terminal."""
     lines = []
     for key, value in record["values"].items():
-        if name == "bits_per_dim":
+        if isinstance(value, dict) and "rate" in value:
             error = "?" if value["standard_error"] is None else f"{value['standard_error']:.3f}"
             text = f"{value['total']:.3f} +- {error} (rate {value['rate']:.3f}, distortion {value['distortion']:.3f})"
         elif isinstance(value, dict):

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from modeling.measures.extractors import Extractor
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
 from modeling.system.progress import progress_bar
+from modeling.system.reading import reading_arrays
 
 MIN_IMAGES = 10  # the Inception score's splits
 
@@ -66,7 +66,7 @@ def extract_features(
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         path = Path(cache) / f"{extractor.name}-{len(images)}-{key[:16]}.npz"
         if path.is_file():
-            return Features(_read_values(path), None, identity)
+            return Features(_read_values(path, len(images)), None, identity)
     values, logits = [], []
     with torch.no_grad():
         for start in progress_bar(range(0, len(images), batch_size), desc=desc):
@@ -86,9 +86,9 @@ def extract_features(
     return features
 
 
-def _read_values(path: Path) -> Tensor:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return torch.from_numpy(archive["values"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from error
+def _read_values(path: Path, num_images: int) -> Tensor:
+    with reading_arrays(path, "file of features", "delete it, and it is made again") as archive:
+        values = archive["values"]
+        if values.dtype != np.float32 or values.ndim != 2 or len(values) != num_images:
+            raise ValueError(f"expected float32 ({num_images}, D), got {values.dtype} {values.shape}")
+        return torch.from_numpy(values)

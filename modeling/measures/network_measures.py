@@ -38,7 +38,7 @@ class BitsMeasure:
         """Raises FloatingPointError for a network that predicts numbers which are not finite."""
         trained, errors = self.subject.trained, self._measure_errors()
         check_finite(errors, "the bound", trained.precision)
-        values = {
+        values: dict[str, Any] = {
             f"{variance}, {'clipped' if clip_x0 else 'raw'}": _plain(
                 summarise(trained.model, errors, variance, clip_x0=clip_x0)
             )

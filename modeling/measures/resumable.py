@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from modeling.system.errors import UserError
 from modeling.system.files import locked, npy_bytes, write_atomically
+from modeling.system.reading import parse_json, read_array, read_json
 
 Item = TypeVar("Item")
 IDENTITY = "identity.json"
@@ -24,7 +25,7 @@ def encode_identity(identity: dict) -> bytes:
 
 def as_stored(identity: dict) -> dict:
     """An identity as it is read from its JSON file: lists for tuples, text for keys."""
-    return json.loads(encode_identity(identity))
+    return parse_json(encode_identity(identity), dict[str, Any])
 
 
 def draw_in_parts(
@@ -57,20 +58,17 @@ def draw_in_parts(
         LockedError: when another process works in the folder.
     """
     with locked(folder / "lock"):
-        parts, start = [], 0
-        try:
-            if not (folder / IDENTITY).exists():
-                write_atomically(folder / IDENTITY, encode_identity(identity))
-            found = json.loads((folder / IDENTITY).read_text())
-            if not isinstance(found, dict):
-                raise ValueError(f"{IDENTITY} is no identity")
-            for path in sorted(folder.glob("*.npy")):
-                if int(path.stem) != start:
-                    raise ValueError(f"part {start:09d}.npy is missing")
-                parts.append(np.load(path, allow_pickle=False))
-                start += len(parts[-1])
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{folder} is damaged ({error}): delete it, and its parts are made again") from error
+        parts, start, remedy = [], 0, f"delete {folder}, and its parts are made again"
+        if not (folder / IDENTITY).exists():
+            write_atomically(folder / IDENTITY, encode_identity(identity))
+        found = read_json(folder / IDENTITY, dict[str, Any], remedy)
+        for path in sorted(folder.glob("*.npy")):
+            if path.stem != f"{start:09d}":
+                raise UserError(f"{folder}: part {start:09d}.npy is missing; {remedy}")
+            parts.append(part := read_array(path, remedy))
+            if not part.shape or (part.dtype, part.shape[1:]) != (parts[0].dtype, parts[0].shape[1:]):
+                raise UserError(f"{path} does not fit the parts before it: {part.dtype} {part.shape}; {remedy}")
+            start += len(part)
         if found != as_stored(identity) and replace:
             for path in folder.glob("*.npy"):
                 path.unlink()

@@ -4,16 +4,16 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.checkpoint import reading
 from modeling.images import encode_png, save_grid
 from modeling.measures.resumable import IDENTITY, encode_identity
-from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
+from modeling.system.reading import parse_json, reading_arrays
 
 
 def write_samples(images: Tensor, identity: dict, out: Path) -> None:
@@ -46,12 +46,9 @@ def read_samples(path: Path) -> tuple[Tensor, dict]:
         UserError: for a file that holds no such array.
         OSError: for one that cannot be read.
     """
-    with reading(path, ".npz with an array arr_0"), path.open("rb") as file:
-        with np.load(file, allow_pickle=False) as archive:
-            images = torch.from_numpy(archive["arr_0"])
-            identity = json.loads(str(archive["identity"])) if "identity" in archive else {}
-        if not isinstance(identity, dict):
-            raise TypeError("its identity is no JSON object")
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f"{path}: expected uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
-    return images.permute(0, 3, 1, 2).contiguous(), identity
+    with reading_arrays(path, ".npz with an array arr_0") as archive:
+        images = archive["arr_0"]
+        identity = parse_json(str(archive["identity"]), dict[str, Any]) if "identity" in archive else {}
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"expected uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), identity

@@ -1,6 +1,5 @@
 """What `evaluate.py` measures: a model, the prepared images that it is measured on, and the samples drawn from it."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from modeling.measures.resumable import as_stored
 from modeling.measures.sample_files import read_samples, write_samples
 from modeling.measures.trained import LINEAR, TrainedModel, fit_linear, load_trained
 from modeling.options import EvaluateConfig
-from modeling.system.errors import UserError
+from modeling.stage import load_manifest
 from modeling.system.files import sha256_of
 
 
@@ -33,16 +32,10 @@ def load_data(folder: Path) -> Data:
     Raises:
         UserError: when it is missing, or not what was written.
     """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        train, test = (load_images(folder, split, manifest) for split in ("train", "test"))
-        digests = {f"{split}_sha256": manifest["files"][f"{split}.npy"]["sha256"] for split in ("train", "test")}
-        identity = {"data": manifest["dataset"]["name"], **digests}
-    except FileNotFoundError as error:
-        raise UserError(f"data={folder}: holds no prepared data: run prepare_data.py") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data={folder}: {error}") from error
-    return Data(train, test, identity, folder.parent / "features")
+    manifest = load_manifest(folder, "run prepare_data.py")
+    train, test = (load_images(folder, split, manifest) for split in ("train", "test"))
+    digests = {f"{split}_sha256": manifest["files"][f"{split}.npy"]["sha256"] for split in ("train", "test")}
+    return Data(train, test, {"data": manifest["dataset"]["name"], **digests}, folder.parent / "features")
 
 
 class Samples:

@@ -21,6 +21,7 @@ from modeling.schedules import linear_betas, schedule_tables
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
 from modeling.system.progress import progress_bar
+from modeling.system.reading import reading
 
 SIZE = (IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
 LINEAR = {"linear": False, "gaussian": True}  # names instead of a checkpoint -> whether isotropic
@@ -101,7 +102,8 @@ def load_trained(options: Sampling) -> tuple[TrainedModel, Config]:
     stored, weights = load_weights(path, options.weights)
     if sha256_of(path) != digest:
         raise UserError(f"checkpoint={path}: was replaced by a run while it was read: try again")
-    config = parse(stored, Config)
+    with reading(path, "trained model of this project"):
+        config = parse(stored, Config)
     identity = {"checkpoint": path.name, "checkpoint_sha256": digest, "weights": options.weights}
     return TrainedModel(options, build.build_trained_model(config, weights), identity), config
 

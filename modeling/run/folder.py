@@ -1,18 +1,20 @@
 """A run's folder: which run owns it, the lock that keeps other processes out, and its newest valid checkpoint."""
 
 import contextlib
-import json
 import secrets
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from modeling.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from modeling.run.identity import Identity, describe_differences, differences, run_name
 from modeling.system.errors import UserError
 from modeling.system.files import LockedError, locked, remove_partial_files, write_json
+from modeling.system.reading import Kind, read_json
 
 _LOCK, _MARKER = "lock", "run.json"
 # `runtime.resume=PATH` still resumes when these have changed.
@@ -23,8 +25,14 @@ class _Marker(TypedDict):
     """The content of run.json."""
 
     run: str  # the name
-    identity: Identity
+    identity: dict[str, Any]  # an `Identity`, maybe of an older version
     wandb_id: str
+
+
+class _Metrics(TypedDict):
+    """What is read of metrics.json."""
+
+    steps: int
 
 
 class RunFolder:
@@ -56,7 +64,7 @@ class RunFolder:
 
     def finished_at(self) -> int | None:
         """The last step of the finished run in this folder; None if there is none."""
-        metrics = self._read(self.metrics_path, "steps")
+        metrics = self._read(self.metrics_path, _Metrics)
         return None if metrics is None else metrics["steps"]
 
     @contextlib.contextmanager
@@ -76,20 +84,15 @@ class RunFolder:
         except LockedError as error:
             raise UserError(f"{self.path}: {error}; wait for it, or set runtime.output_dir to another folder") from None
 
-    def _read(self, path: Path, *keys: str) -> Any:
-        """A JSON file of the folder, which must have these keys; None if there is no such file."""
-        try:
-            content = json.loads(path.read_text())
-            if missing := [key for key in keys if key not in content]:
-                raise ValueError(f"it has no {missing[0]}")
-        except (FileNotFoundError, NotADirectoryError):
+    def _read(self, path: Path, kind: type[Kind]) -> Kind | None:
+        """A JSON file of the folder; None if there is no such file."""
+        if not path.is_file():
             return None
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): delete {self.path}, or set runtime.output_dir") from error
-        return content
+        remedy = f"if {self.path} holds other files, set runtime.output_dir to another folder, else delete {self.path}"
+        return read_json(path, kind, remedy)
 
     def _read_marker(self) -> _Marker | None:
-        return self._read(self.path / _MARKER, "run", "identity", "wandb_id")
+        return self._read(self.path / _MARKER, _Marker)
 
     def _check_owner(self) -> None:
         found = self._read_marker()
@@ -108,7 +111,7 @@ class RunFolder:
         found = self._read_marker()
         self.wandb_id = found["wandb_id"] if found else secrets.token_hex(8)
         if found is None:
-            write_json(self.path / _MARKER, _Marker(run=self.name, identity=self.identity, wandb_id=self.wandb_id))
+            write_json(self.path / _MARKER, {"run": self.name, "identity": self.identity, "wandb_id": self.wandb_id})
 
     def clear(self) -> None:
         """Removes all files of the run; it still owns the folder."""
@@ -121,8 +124,8 @@ class RunFolder:
         """A hint that names a run beside this one which differs only in code or length; None if there is none."""
         found = []
         for marker in self.path.parent.glob(f"*/{_MARKER}"):
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                theirs = json.loads(marker.read_text())["identity"]
+            with contextlib.suppress(OSError, UserError):  # other projects' files
+                theirs = read_json(marker, _Marker)["identity"]
                 checkpoint = marker.parent / "checkpoints" / "last.pt"
                 if differences(theirs, self.identity).keys() - _HARMLESS == set() and theirs != self.identity:
                     found.append((checkpoint.stat().st_mtime, str(checkpoint), theirs))

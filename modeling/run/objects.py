@@ -195,7 +195,7 @@ class Run:
         tracker.log(self.state.step, losses)
         write_csv(
             self.folder.path / "loss.csv",
-            tracker.lines.rows(),
+            tracker.lines.rows,
             ["step", "train/loss", "train/loss_smoothed", "train/lr"],
         )
         by_bin = [

@@ -1,46 +1,65 @@
 """What a run records: `metrics.jsonl`, always and completely, and beside it Weights & Biases, if that works."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from modeling.config import Config
 from modeling.run.wandb_tracker import WandbTracker
 from modeling.system.files import sync, write_atomically
+from modeling.system.reading import read_json_lines
+
+
+class _Row(TypedDict):
+    """A line of metrics.jsonl, with the metrics beside its step."""
+
+    step: int
 
 
 class JsonLines:
     """`metrics.jsonl`: one JSON object a line, in the order of the steps.
 
+    `rows` are all lines so far. Those after `step` are dropped, damaged or not, because the run will write them again;
+    a warning says how many lines before it are damaged or missing.
+
     Args:
-        path: the file; lines after `step` are dropped, because the run will write them again.
+        path: the file.
         step: where the run resumes.
+        log_every: steps between lines.
     """
 
-    def __init__(self, path: Path, step: int = 0):
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run's last line may be cut
-        self._write([row for row in rows if row["step"] <= step])
+    def __init__(self, path: Path, step: int = 0, log_every: int = 1):
+        self.path, self.rows = path, []
+        num_lost = num_damaged = last = 0
+        for row in read_json_lines(path, _Row) if path.exists() else []:
+            if row is None or row["step"] <= last:
+                num_damaged += 1
+            elif row["step"] <= step:
+                self.rows.append(dict(row))
+                num_lost, num_damaged, last = num_lost + num_damaged, 0, row["step"]
+        # Behind the last whole line: how many were due. A run that began from another folder's checkpoint has none.
+        num_due = step // log_every - last // log_every
+        num_lost += num_due if self.rows else min(num_damaged, num_due)
+        if num_lost:
+            print(f"warning: {path}: {num_lost} lines up to step {step} are damaged and lost", file=sys.stderr)
+        self._write()
 
-    def _write(self, rows: list[dict]) -> None:
-        self._last = rows[-1] if rows else None
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    def _write(self) -> None:
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Appends a line, or adds to the last one if that is of the same step."""
-        if self._last and self._last["step"] == step:
-            self._write([*self.rows()[:-1], {**self._last, **metrics}])
+        if self.rows and self.rows[-1]["step"] == step:
+            self.rows[-1] |= metrics
+            self._write()
             return
-        self._last = {"step": step, **metrics}
+        self.rows.append({"step": step, **metrics})
         with self.path.open("a") as file:
-            file.write(json.dumps(self._last) + "\n")
-
-    def rows(self) -> list[dict]:
-        """All lines so far."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+            file.write(json.dumps(self.rows[-1]) + "\n")
 
 
 def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
@@ -95,4 +114,4 @@ def build_tracker(config: Config, folder: Path, step: int, wandb_id: str) -> Tra
             config=config.model_dump(),
             run_id=wandb_id,
         )
-    return Tracker(JsonLines(folder / "metrics.jsonl", step), wandb)
+    return Tracker(JsonLines(folder / "metrics.jsonl", step, config.train.log_every), wandb)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from modeling.comparison.curves import Curve, comparable, read_run, read_yaml
+from modeling.comparison.curves import Curve, comparable, read_run
 from modeling.comparison.references import choose_reference, command_of, image_scatter, load_references
 from modeling.system.errors import UserError
+from modeling.system.reading import read_yaml
 from tests.comparison.runs import BATCH_SIZE, LOG_EVERY, SCATTER, noisy, reference_of
 from tests.helpers import ROOT
 
@@ -56,7 +57,7 @@ def test_the_command_of_a_reference_trains_with_its_configuration(compose_config
     def composed(*overrides):
         return OmegaConf.to_container(compose_config(*overrides))
 
-    default = read_yaml(ROOT / "params.yaml")
+    default = read_yaml(ROOT / "params.yaml", dict)
     wanted = composed("model=unet", "optimizer=sgd", "optimizer.lr=1e-05", "dataset=shapes", "train.max_steps=7")
     words = shlex.split(command_of(wanted, default))
     assert words[:2] == ["python", "main.py"]

@@ -124,17 +124,14 @@ def edit(path: Path, **changes) -> None:
 def test_a_folder_that_is_another_pipeline_is_rejected(exported, error_of):
     unet, scheduler = exported / UNET, exported / SCHEDULER
     for path, changes, restored, message in (
-        (unet, {"sample_size": 64}, {"sample_size": 32}, "config.json: image_size must be 32, got 64"),
-        (unet, {"freq_shift": 0}, {"freq_shift": 1}, "^freq_shift must be 1, got 0"),
+        (unet, {"sample_size": 64}, {"sample_size": 32}, "config.json is no network .*image_size must be 32, got 64"),
+        (unet, {"freq_shift": 0}, {"freq_shift": 1}, "freq_shift must be 1, got 0"),
         (scheduler, {"beta_start": 0.5}, {"beta_start": 1e-4}, "diffusion: betas must satisfy .* got"),
         (scheduler, {"_class_name": "Other"}, {"_class_name": "DDPMScheduler"}, "not the config of a DDPMScheduler"),
     ):
         edit(path, **changes)
         assert re.search(message, error_of("checkpoint=exported", "out=back.safetensors"))
         edit(path, **restored)
-    for content in ("{", "[" * 10**5):
-        unet.write_text(content)
-        assert "config.json is no JSON" in error_of("checkpoint=exported", "out=back.safetensors")
 
 
 @pytest.mark.parametrize(

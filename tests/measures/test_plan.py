@@ -101,14 +101,6 @@ def test_parts_of_another_evaluation_are_deleted_with_overwrite_only(measure, mo
     assert measure("batch_size=3", "bits_images=7", "overwrite=true")["bits_per_dim"]["identity"]["num_images"] == 7
 
 
-@pytest.mark.parametrize("content", ['{"bits', "[]", '{"encoder": 1}', '{"encoder": {"values": {}}}'])
-def test_a_damaged_record_is_named(measure, capsys, content):
-    Path("evaluation").mkdir()
-    Path("evaluation/evaluation.json").write_text(content)
-    with ends_in_error(capsys, r"evaluation/evaluation\.json is damaged"):
-        measure()
-
-
 @pytest.mark.parametrize("name", ["bits_per_dim", "heldout_loss", "encoder"])
 def test_weights_that_are_not_finite_end_a_measure_in_one_line(finished_run, measure, capsys, name):
     config, weights = load_weights(finished_run / "model.safetensors")
@@ -132,7 +124,7 @@ def test_samples_that_cannot_be_measured_are_rejected(measure, capsys, shape, me
         (["checkpoint=nowhere.pt"], "nowhere.pt: there is no such file"),
         (["measures=[fid]", "inception_weights=nowhere.pth"], "inception_weights=nowhere.pth: there is no such file"),
         (["measures=[encoder]", "encoder=nowhere.safetensors"], "nowhere.safetensors"),
-        (["data=nowhere"], "data=nowhere: holds no prepared data"),
+        (["data=nowhere"], "nowhere holds no prepared data: run prepare_data.py"),
         (["measures=[encoder]", "samples=nowhere.npz"], r"nowhere\.npz"),
         (["measures=[]"], "measures"),
         (["num_steps=21"], "num_steps must be at most 20, got 21"),

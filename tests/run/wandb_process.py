@@ -37,7 +37,7 @@ def track(folder: Path, mode: str = "offline") -> None:
     (folder / "config.yaml").write_text("a: 1\n")
     tracker.artifact(folder / "config.yaml", "config", "config")
     tracker.finish()
-    assert [row["step"] for row in tracker.lines.rows()] == [1, 2]
+    assert [row["step"] for row in tracker.lines.rows] == [1, 2]
 
 
 def wandb_cores(process_id: int | None = None) -> set[psutil.Process]:
