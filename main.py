@@ -6,7 +6,7 @@
     dvc repro                                               # the same as a recorded stage
 
 The same command again resumes from the last checkpoint; a finished run is left as it is. SIGTERM, SIGINT (Ctrl-C),
-SIGUSR1 and runtime.max_seconds save the state and end with 143, 130, 138 and 0.
+SIGHUP, SIGUSR1, SIGUSR2 and runtime.max_seconds save the state and end with 143, 130, 129, 138, 140 and 0.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Prepared uint8 arrays become training batches; a batch is a function of (seed, step)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,9 @@ from modeling.system.reading import read_array
 
 if TYPE_CHECKING:  # its module imports OmegaConf, which training does not need
     from modeling.stage import Manifest
+
+
+WORKER_SECONDS = 300  # a batch takes milliseconds; a worker without shared memory may wait for ever
 
 
 class Batches(Dataset):
@@ -56,10 +59,26 @@ class Batches(Dataset):
             batch = torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
         return batch
 
-    def loader(self, steps: Sequence[int], num_workers: int = 0, device: torch.device | str = "cpu") -> DataLoader:
-        """Returns a loader of the batches of these steps, in this order, pinned for the copy to a CUDA device."""
+    def loader(
+        self, steps: Sequence[int], num_workers: int = 0, device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """Yields the batches of these steps, in this order, pinned for the copy to a CUDA device.
+
+        Raises:
+            UserError: when a worker process ends, or makes no batch within five minutes.
+        """
         pin_memory = torch.device(device).type == "cuda" and self.images.device.type == "cpu"
-        return DataLoader(self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory)
+        timeout = WORKER_SECONDS if num_workers else 0
+        options = {"num_workers": num_workers, "timeout": timeout, "pin_memory": pin_memory}
+        try:
+            yield from DataLoader(self, batch_size=None, sampler=steps, **options)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):  # raised by a worker's own code
+                raise
+            raise UserError(
+                f"{str(error).splitlines()[0]}: where shared memory is scarce (docker: --shm-size=1g gives more), set "
+                "runtime.num_workers=0, which is as fast for images this small"
+            ) from error
 
 
 def load_images(folder: str | Path, split: str, manifest: "Manifest") -> Tensor:

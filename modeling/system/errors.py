@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from modeling.system.process import prepare_process
+
 
 class UserError(ValueError):
     """Something that the user can mend: the message names what was got, what was expected and the remedy."""
@@ -13,6 +15,7 @@ class UserError(ValueError):
 def errors_in_one_line(exit_code: int = 1) -> Iterator[None]:
     """Wraps every script: a UserError, a failing disk or numbers that are not finite end it with one line."""
     try:
+        prepare_process()
         yield
     except (UserError, FloatingPointError) as error:
         message = str(error)

@@ -31,8 +31,10 @@ class _Lines:
 
 
 def progress_bar(iterable=None, **options) -> tqdm:
-    """tqdm on stderr: redrawn in place on a terminal, one line every 10 s (and a last one) elsewhere."""
-    if sys.stderr.isatty():
+    """tqdm on stderr, if there is one: redrawn in place on a terminal, else one line every 10 s (and a last one)."""
+    if sys.stderr is None:  # of a program without streams that calls the library
+        return tqdm(iterable, disable=True, **options)
+    if hasattr(sys.stderr, "isatty") and sys.stderr.isatty():  # what replaces it may lack the method
         return tqdm(iterable, dynamic_ncols=True, **options)
     options |= {"leave": True, "position": 0}  # lines: nothing to erase, no cursor to move
     return tqdm(iterable, file=_Lines(sys.stderr), mininterval=LOG_INTERVAL_SECONDS, ncols=110, **options)

@@ -10,7 +10,9 @@ import signal
 import time
 from collections.abc import Iterator
 
-STOPPING = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138, "SIGALRM": 0}  # exit codes; the alarm is our time limit
+# Exit codes. SIGHUP comes when ssh or the terminal ends, SIGUSR1 and SIGUSR2 from batch systems; the alarm is our time
+# limit.
+STOPPING = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 138, "SIGUSR2": 140, "SIGALRM": 0}
 SECOND_CTRL_C_SECONDS = 0.2  # sooner than a hand: shells and `timeout` send the same signal twice
 
 
@@ -33,9 +35,10 @@ _depth = 0  # of nested `uninterrupted` sections
 
 @contextlib.contextmanager
 def stopping_on_signals(max_seconds: float | None = None) -> Iterator[None]:
-    """Inside, SIGINT, SIGTERM, SIGUSR1 and the end of the time limit raise `Stopped`, once.
+    """Inside, the signals in `STOPPING` and the end of the time limit raise `Stopped`, once.
 
-    A second Ctrl-C leaves at once; files are written atomically, so they stay valid.
+    SIGHUP stays ignored where it is, as under nohup. A second Ctrl-C leaves at once; files are written atomically, so
+    they stay valid.
 
     Args:
         max_seconds: the time limit, from here; None for no limit.
@@ -59,11 +62,13 @@ def stopping_on_signals(max_seconds: float | None = None) -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for loader workers that the same signal ended
         reason = name if name != "SIGALRM" else f"the time limit of {max_seconds:g} s"
         _request = Stopped(reason, STOPPING[name])
-        os.write(2, f"\n{reason}: stopping\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            os.write(2, f"\n{reason}: stopping\n".encode())
         if _depth == 0:
             raise _request
 
-    numbers = [getattr(signal, name) for name in STOPPING if name != "SIGALRM" or max_seconds is not None]
+    is_left = {"SIGALRM": max_seconds is None, "SIGHUP": signal.getsignal(signal.SIGHUP) == signal.SIG_IGN}
+    numbers = [getattr(signal, name) for name in STOPPING if not is_left.get(name)]
     before = {number: signal.signal(number, handle) for number in numbers}
     before[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
     if max_seconds is not None:

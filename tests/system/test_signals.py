@@ -11,7 +11,7 @@ import pytest
 from modeling.system.signals import STOPPING, Stopped, stopping_on_signals, uninterrupted
 from tests.helpers import ROOT
 
-CODES = [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)]
+CODES = [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138), ("SIGUSR2", 140)]
 
 
 def send(name: str) -> None:
@@ -26,6 +26,34 @@ def test_a_signal_becomes_an_exit_with_its_conventional_code(name, code, capfd):
         time.sleep(5)
     assert (caught.value.code, caught.value.reason) == (code, name)
     assert f"{name}: stopping" in capfd.readouterr().err
+
+
+@pytest.mark.fault("signal")
+def test_a_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping_on_signals():
+            send("SIGHUP")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.fault("signal")
+def test_a_signal_stops_a_process_whose_terminal_is_closed():
+    kept = os.dup(2)
+    master, slave = os.openpty()
+    os.dup2(slave, 2)
+    os.close(master)
+    try:
+        with stopping_on_signals(), pytest.raises(Stopped):
+            send("SIGHUP")
+            time.sleep(5)
+        with pytest.raises(OSError, match="Input/output"):  # it cannot be written to
+            os.write(2, b"x")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(slave)
 
 
 @pytest.mark.fault("time limit")
