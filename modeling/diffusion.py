@@ -219,7 +219,6 @@ class DiffusionModel(nn.Module):
         variance: str = "large",
         clip_x0: bool = False,
         noise: Noise | None = None,
-        generator: torch.Generator | None = None,
         bar: Bar = iter,
     ) -> Tensor:
         """Algorithm 2: ancestral sampling through all T timesteps, in eval mode and without gradients.
@@ -230,8 +229,8 @@ class DiffusionModel(nn.Module):
             device: the model's.
             variance: "large" for sigma_t^2 = beta_t, "small" for the posterior variance.
             clip_x0: clips each predicted x_0 to [-1, 1], as the paper's code does.
-            noise: called with 0 for x_T, then with the timesteps T..2; drawn from the generator if not given.
-            generator: torch's default generator if not given.
+            noise: called with 0 for x_T, then with the timesteps T..2; drawn from torch's default generator if
+                not given.
 
         Returns:
             (B, *size), about [-1, 1].
@@ -240,7 +239,7 @@ class DiffusionModel(nn.Module):
             ValueError: for an unknown variance, or noise of another shape.
         """
         check_choice("variance", variance, VARIANCES)
-        noise = noise or draw_noise(num_samples, size, device, generator)
+        noise = noise or draw_noise(num_samples, size, device)
         x = starting_point(noise, num_samples, size, device)
         with evaluating(self):
             for timestep in bar(range(self.num_timesteps, 0, -1)):

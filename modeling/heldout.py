@@ -10,6 +10,7 @@ from modeling.seeding import Purpose, draw_normal
 from modeling.system.progress import progress_bar
 
 _SEED = 0  # not the run's seed: every run is measured with the same noise
+_MAX_BINS = 10  # equal parts of 1..T
 
 
 def denoising_loss(
@@ -17,7 +18,6 @@ def denoising_loss(
     images: Tensor,
     device: torch.device | str,
     *,
-    num_bins: int = 10,
     batch_size: int = 250,
     precision: str = "fp32",
     desc: str = "evaluating",
@@ -28,7 +28,6 @@ def denoising_loss(
 
     Args:
         images: (N, C, H, W) uint8.
-        num_bins: number of equal parts of 1..T, at most T.
         batch_size: images at a time; the result depends on it by rounding only.
         desc: what is measured, for the progress bar and the error.
 
@@ -51,7 +50,7 @@ def denoising_loss(
             losses.append(model.eps_losses(x_0, timesteps[start : start + batch_size].to(device), noise).cpu())
     loss = torch.cat(losses).double()
     check_finite(loss, desc, precision)
-    num_bins = min(num_bins, total)
+    num_bins = min(_MAX_BINS, total)
     bins = {}
     for number in range(num_bins):
         low, high = number * total // num_bins + 1, (number + 1) * total // num_bins

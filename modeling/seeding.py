@@ -116,12 +116,9 @@ def image_noise(seed: int, indices: Tensor, shape: Sequence[int]) -> Noise:
     return lambda timestep: draw_normal(seed, Purpose.SAMPLE, timestep, indices, shape)
 
 
-def draw_noise(
-    num_samples: int, size: Sequence[int], device: torch.device | str, generator: torch.Generator | None = None
-) -> Noise:
-    """Returns noise from a generator (None: torch's default), drawn on the generator's device."""
-    draw_device = device if generator is None else generator.device
-    return lambda timestep: torch.randn((num_samples, *size), generator=generator, device=draw_device).to(device)
+def draw_noise(num_samples: int, size: Sequence[int], device: torch.device | str) -> Noise:
+    """Returns noise from torch's default generator."""
+    return lambda timestep: torch.randn((num_samples, *size), device=device)
 
 
 def starting_point(noise: Noise, num_samples: int, size: Sequence[int], device: torch.device | str) -> Tensor:

@@ -51,23 +51,10 @@ def backward(
     return loss
 
 
-def train_step(
-    model: DiffusionModel,
-    inputs: Tensor,
-    optimizer: Optimizer,
-    device: torch.device | str,
-    *,
-    timesteps: Tensor | None = None,
-    noise: Tensor | None = None,
-    precision: str = "fp32",
-    micro_batch_size: int | None = None,
-) -> Tensor:
-    """Takes one step of Algorithm 1; arguments and result are those of `backward`, with inputs on any device."""
-    inputs = inputs.to(device, non_blocking=True)
+def train_step(model: DiffusionModel, inputs: Tensor, optimizer: Optimizer, device: torch.device | str) -> Tensor:
+    """Takes one step of Algorithm 1; inputs and result are those of `backward`, with inputs on any device."""
     optimizer.zero_grad()
-    loss = backward(
-        model, inputs, timesteps=timesteps, noise=noise, precision=precision, micro_batch_size=micro_batch_size
-    )
+    loss = backward(model, inputs.to(device, non_blocking=True))
     optimizer.step()
     return loss
 

@@ -17,7 +17,7 @@ from modeling.run.identity import identify
 from modeling.run.objects import Run
 from modeling.runtime import resolve_precision
 from modeling.stage import read_manifest
-from modeling.training import train_step
+from modeling.training import backward
 from tests.faults.processes import steps_of
 from tests.helpers import TINY, start_script
 
@@ -92,7 +92,9 @@ def test_checkpoints_cost_less_than_one_percent(tiny_data, compose_config, tmp_p
     times = {"step": [], "save": []}
     for number in range(15):
         started = time.perf_counter()
-        train_step(run.model, to_model_range(batch), run.optimizer, "cpu", precision=run.precision)
+        run.optimizer.zero_grad()
+        backward(run.model, to_model_range(batch), precision=run.precision)
+        run.optimizer.step()
         times["step"].append(time.perf_counter() - started)
         if number % 3 == 2:
             run.state.step = number
