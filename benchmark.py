@@ -1,4 +1,4 @@
-"""How fast training, sampling and the start are: against the loop of the tutorials, other packages and the machine.
+"""How fast training, sampling and the start are: against the loop of the tutorials, diffusers and the machine.
 
     python prepare_data.py && python benchmark.py       # everything; about 40 minutes on two cores
     python benchmark.py training sampling               # some of the sections; --help lists them

@@ -1,36 +1,11 @@
-"""Training steps of other packages from the package index."""
-
-from collections.abc import Callable
+"""The training step of another package."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.contender import NUM_TIMESTEPS, Contender, network_flops
 from modeling.runtime import autocast, resolve_device
-
-
-def _peer_training(
-    loss_of: Callable[[Tensor], Tensor], network: nn.Module, x_0: Tensor, precision: str, optimizer: type
-) -> Contender:
-    """The training step of both packages' examples; `loss_of(images)` is the package's own part."""
-    device = resolve_device("auto")
-    flops = network_flops(network, with_gradient=True, time=500.0)
-    network.to(device)
-    optimizer = optimizer(network.parameters(), lr=1e-4)
-    x_0 = x_0.to(device)
-
-    def run(num_steps: int) -> None:
-        for _ in range(num_steps):
-            with autocast(device, precision):
-                loss = loss_of(x_0)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
-
-    return Contender(run, len(x_0), flops)
 
 
 def diffusers_training(batch_size: int, precision: str = "fp32") -> Contender:
@@ -50,22 +25,25 @@ def diffusers_training(batch_size: int, precision: str = "fp32") -> Contender:
     )
     scheduler = DDPMScheduler(NUM_TIMESTEPS)
 
-    def loss_of(x_0: Tensor) -> Tensor:
-        noise = torch.randn_like(x_0)
-        timesteps = torch.randint(0, NUM_TIMESTEPS, (len(x_0),), device=x_0.device)
-        # Its annotation is narrower than the indices that it takes.
-        x_t = scheduler.add_noise(x_0, noise, timesteps)  # pyright: ignore[reportArgumentType]
-        eps = network(x_t, timesteps).sample
-        return F.mse_loss(eps.float(), noise)
+    device = resolve_device("auto")
+    flops = network_flops(network, with_gradient=True, time=500.0)
+    network.to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    x_0 = (torch.rand(batch_size, 3, 32, 32) * 2 - 1).to(device)
 
-    return _peer_training(loss_of, network, torch.rand(batch_size, 3, 32, 32) * 2 - 1, precision, torch.optim.AdamW)
+    def run(num_steps: int) -> None:
+        for _ in range(num_steps):
+            noise = torch.randn_like(x_0)
+            timesteps = torch.randint(0, NUM_TIMESTEPS, (len(x_0),), device=device)
+            # Its annotation is narrower than the indices that it takes.
+            x_t = scheduler.add_noise(x_0, noise, timesteps)  # pyright: ignore[reportArgumentType]
+            with autocast(device, precision):
+                eps = network(x_t, timesteps).sample
+            loss = F.mse_loss(eps.float(), noise)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
 
-
-def lucidrains_training(batch_size: int, precision: str = "fp32") -> Contender:
-    """The training step of denoising-diffusion-pytorch, with the network of its README."""
-    # Not among the requirements: timed only where it is installed.
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # pyright: ignore[reportMissingImports]
-
-    network = Unet(dim=64, dim_mults=(1, 2, 4, 8), flash_attn=False)
-    diffusion = GaussianDiffusion(network, image_size=32, timesteps=NUM_TIMESTEPS).to(resolve_device("auto"))
-    return _peer_training(diffusion, network, torch.rand(batch_size, 3, 32, 32), precision, torch.optim.Adam)
+    return Contender(run, batch_size, flops)

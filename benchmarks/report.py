@@ -1,8 +1,6 @@
 """What was measured, as Markdown."""
 
-import math
 import platform
-import statistics
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +10,11 @@ import torch
 from modeling.runtime import available_cpus
 
 
-def table(rows: list[dict], over: str | None = "first") -> str:
+def table(rows: list[dict], over: str = "first") -> str:
     """Rows as Markdown; the share of the peak is of the fastest of the machine's own limits, if any is among the rows.
 
     Args:
-        over: the row that a ratio refers to, "first" or "previous"; None for no ratios.
+        over: the row that a ratio refers to, "first" or "previous".
     """
     peak = max((row["gflops"] for row in rows if row["case"]["name"].startswith("peak")), default=None)
     lines = ["| | images/s | lowest-highest | ratio | GFLOP/s | of the peak | peak memory |", "|---|" + "---:|" * 6]
@@ -27,20 +25,11 @@ def table(rows: list[dict], over: str | None = "first") -> str:
             cells[1:] = ["", "", ""]
         else:
             base = rows[0] if over == "first" else rows[max(0, index - 1)]
-            cells.append(f"{rate / base['images_per_second']:.2f}" if over else "")
+            cells.append(f"{rate / base['images_per_second']:.2f}")
         cells.append(f"{row['gflops']:,.0f}" if row["gflops"] else "")
         cells.append(f"{100 * row['gflops'] / peak:.0f} %" if peak and row["gflops"] else "")
         lines.append(f"| {' | '.join(cells)} | {row['memory_bytes'] / 1e9:.2f} GB |")
     return "\n".join(lines)
-
-
-def slope(rows: list[dict]) -> float:
-    """The slope of log(seconds a step) over log(size), by least squares; the labels are the sizes."""
-    points = [
-        (math.log(float(row["label"])), math.log(row["case"]["batch_size"] / row["images_per_second"])) for row in rows
-    ]
-    x, y = (statistics.mean(values) for values in zip(*points, strict=True))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, b in points)
 
 
 def to_markdown(found: dict[str, list[dict]], environment: dict) -> str:
@@ -51,8 +40,6 @@ def to_markdown(found: dict[str, list[dict]], environment: dict) -> str:
             body = "| | seconds | lowest-highest |\n|---|---:|---:|\n" + "\n".join(
                 f"| {row['label']} | {row['seconds']:.2f} | {row['lowest']:.2f}-{row['highest']:.2f} |" for row in rows
             )
-        elif title.startswith("Scaling"):
-            body = f"{table(rows, over=None)}\n\nSlope of log(seconds a step): {slope(rows):.2f}"
         else:
             body = table(rows, over="previous" if title.startswith("Step") else "first")
         parts.append(f"### {title}\n\n{body}")

@@ -63,16 +63,6 @@ def loading() -> Tables:
         yield "Loading, batch 128", cases
 
 
-def _peers(batch_size: int) -> Cases:
-    """The packages that are installed."""
-    return {
-        f"{package}, {precision}": {"name": f"{name} training", "batch_size": batch_size, "precision": precision}
-        for package, name in (("diffusers", "diffusers"), ("denoising_diffusion_pytorch", "lucidrains"))
-        for precision in ("fp32", "bf16")
-        if find_spec(package)
-    }
-
-
 def training() -> Tables:
     with extracted_cifar10() as cifar10, tempfile.TemporaryDirectory() as folder:
         for network, overrides in NETWORKS.items():
@@ -88,8 +78,10 @@ def training() -> Tables:
                     cases["ours, torch.compile"] = ours | {"overrides": [*overrides, "runtime.compile=true"]}
                     if FAST == "fp16":
                         cases["ours, fp16"] = ours | {"overrides": [*overrides, "runtime.precision=fp16"]}
-                if network == "ddpm 128" and batch_size == 16:
-                    cases |= _peers(batch_size)
+                if network == "ddpm 128" and batch_size == 16 and find_spec("diffusers"):
+                    for precision in ("fp32", "bf16"):
+                        peer = {"name": "diffusers training", "batch_size": batch_size, "precision": precision}
+                        cases[f"diffusers, {precision}"] = peer
                 yield f"Training, {network}, batch {batch_size}", cases | PEAK
 
 
@@ -177,23 +169,6 @@ def sampling() -> Tables:
             yield f"Sampling, {what} (evaluations of the network x images, a second)", cases | PEAK
 
 
-def scaling() -> Tables:
-    """How the time of a step grows with the batch, the width and the number of images."""
-    with tempfile.TemporaryDirectory() as folder:
-        case = {"name": "our training", "folder": folder}
-        cases = {str(size): case | {"overrides": NETWORKS["unet 64"], "batch_size": size} for size in (8, 32, 128)}
-        yield "Scaling of a training step with the batch, unet 64", cases
-        cases = {
-            str(size): case | {"overrides": ["model=unet", f"model.hidden_size={size}"], "batch_size": 32}
-            for size in (32, 64, 128)
-        }
-        yield "Scaling of a training step with the width, unet, batch 32", cases
-    case = {"name": "our sampling", "overrides": NETWORKS["ddpm 32"]}
-    cases = {str(size): case | {"batch_size": size} for size in (16, 64, 256)}
-    yield "Scaling of sampling with the number of images, ddpm 32", cases
-
-
 SECTIONS = {
-    section.__name__: section
-    for section in (peaks, loading, training, steps, micro_batches, busy, layers, sampling, scaling)
+    section.__name__: section for section in (peaks, loading, training, steps, micro_batches, busy, layers, sampling)
 }

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from benchmarks.kernels import group_norm, peak_convolution, peak_matmul, relu
-from benchmarks.peers import diffusers_training, lucidrains_training
+from benchmarks.peers import diffusers_training
 from benchmarks.sampling import our_sampling, reference_sampling
 from benchmarks.training import our_loading, our_training, reference_loading, reference_training
 from modeling.runtime import peak_memory_bytes
@@ -24,7 +24,6 @@ CONTENDERS = {
     "reference training": reference_training,
     "our training": our_training,
     "diffusers training": diffusers_training,
-    "lucidrains training": lucidrains_training,
     "reference sampling": reference_sampling,
     "our sampling": our_sampling,
     "group norm": group_norm,
