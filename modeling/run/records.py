@@ -93,10 +93,9 @@ class Tracker:
 
     def sync(self) -> None:
         """Makes the lines so far survive a power failure."""
-        if self.lines.path.exists():
-            sync(self.lines.path)
+        sync(self.lines.path)
 
-    def finish(self, is_complete: bool = True) -> None:
+    def finish(self, is_complete: bool) -> None:
         """Ends the records; `is_complete` says whether the run has reached its end."""
         if self.wandb:
             self.wandb.finish(is_complete)

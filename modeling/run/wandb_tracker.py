@@ -34,13 +34,14 @@ class WandbTracker:
         name: the run's name.
         folder: the run's folder; all files of W&B are in `<folder>/wandb`.
         config: the resolved configuration, nested as in params.yaml.
-        run_id: W&B's id of the run, the same whenever the run is resumed; None draws one.
+        run_id: W&B's id of the run, the same whenever the run is resumed.
     """
 
-    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict, run_id: str | None = None):
-        self._options = {"mode": mode, "project": project, "name": name, "dir": str(folder), "config": config}
-        if run_id:
-            self._options |= {"id": run_id, "resume": "allow"}  # also offline: `wandb sync` reads it
+    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict, run_id: str):
+        self._options = {
+            "mode": mode, "project": project, "name": name, "dir": str(folder), "config": config,
+            "id": run_id, "resume": "allow",  # also offline: `wandb sync` reads it
+        }  # fmt: skip
         files = folder / "wandb"
         files.mkdir(parents=True, exist_ok=True)
         os.environ["WANDB_MODE"] = mode  # else a value set by the user would confuse the login
@@ -85,7 +86,7 @@ class WandbTracker:
 
         self._put(call)
 
-    def finish(self, is_complete: bool = True) -> None:
+    def finish(self, is_complete: bool) -> None:
         """Waits at most 10 s until W&B has what was logged; nothing of W&B can delay the exit afterwards.
 
         Args:

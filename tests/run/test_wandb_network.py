@@ -128,10 +128,10 @@ def test_a_run_that_wandb_fails_is_the_run_without_it(tiny, tiny_data, fake_wand
 def start_and_resume(folder: Path, mode: str) -> None:
     """Steps 1 to 4, and again from 3, as after a kill: the last checkpoint was of step 2."""
     for steps in ((10, 20, 30, 40), (30, 40, 50, 60)):
-        tracker = start_wandb(folder, mode, run_id="same")
+        tracker = start_wandb(folder, mode)
         for step in steps:
             tracker.log(step, {"loss": step / 10})
-        tracker.finish()
+        tracker.finish(is_complete=True)
 
 
 @pytest.mark.fault("Weights & Biases")

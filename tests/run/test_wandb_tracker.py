@@ -66,7 +66,7 @@ def test_nothing_of_wandb_is_left_after_the_end(tmp_path):
     assert len(wandb_cores()) == 1
     assert tuple(map(signal.getsignal, numbers)) == before[2:]
     tracker.log(1, {"loss": 1.0})
-    tracker.finish()
+    tracker.finish(is_complete=True)
     assert wandb_cores() == set()
     found = read_wandb(tmp_path)
     assert found.rows[1]["loss"] == 1.0
@@ -182,7 +182,7 @@ def test_calls_that_wandb_does_not_take_do_not_pile_up(tmp_path, monkeypatch, ca
     tracker = start_wandb(tmp_path)
     for step in range(20):
         tracker.log(step, {"loss": 1.0})
-    tracker.finish()
+    tracker.finish(is_complete=True)
     assert len(wandb_threads()) == 1  # still in its first call: nothing has waited for it
     assert capsys.readouterr().err.count(f"3 calls wait for it; {GAVE_UP}") == 1
 
@@ -216,7 +216,7 @@ print("ready", flush=True)
 while len(seen) < 2:
     time.sleep(0.05)
 tracker.log(2, {"loss": 2.0})
-tracker.finish()
+tracker.finish(is_complete=True)
 """
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, **options) as process:

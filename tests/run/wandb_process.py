@@ -24,8 +24,8 @@ from tests.run.wandb_server import CREDENTIALS, KEY
 GAVE_UP = "the local files are complete without it"
 
 
-def start_wandb(folder: Path, mode: str = "offline", **options) -> WandbTracker:
-    return WandbTracker(mode=mode, project="p", name="n", folder=folder, config={"a": 1}, **options)
+def start_wandb(folder: Path, mode: str = "offline") -> WandbTracker:
+    return WandbTracker(mode=mode, project="p", name="n", folder=folder, config={"a": 1}, run_id="same")
 
 
 def track(folder: Path, mode: str = "offline") -> None:
@@ -36,7 +36,7 @@ def track(folder: Path, mode: str = "offline") -> None:
         tracker.log(step, {"loss": 1.0})
     (folder / "config.yaml").write_text("a: 1\n")
     tracker.artifact(folder / "config.yaml", "config", "config")
-    tracker.finish()
+    tracker.finish(is_complete=True)
     assert [row["step"] for row in tracker.lines.rows] == [1, 2]
 
 
@@ -120,7 +120,7 @@ def main() -> None:
         (core,) = wandb_cores()
         core.suspend()
     print(time.time())
-    tracker.finish()
+    tracker.finish(is_complete=True)
 
 
 if __name__ == "__main__":
