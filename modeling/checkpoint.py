@@ -146,8 +146,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: for a damaged file, or a value that is not finite or neither a tensor nor plain.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
     with reading(path, "checkpoint", error=CheckpointError):
         _check(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -219,8 +217,6 @@ def load_weights(path: str | Path, kind: str = "ema") -> tuple[dict, dict[str, T
     if path.suffix != ".safetensors":
         content = load_checkpoint(path)
         return content["config"], content["ema" if kind == "ema" else "model"]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
     if kind != "ema":
         raise CheckpointError(f"{path} holds averaged weights only: the {kind} ones are in a run's checkpoints/last.pt")
     kind = "exported model of this project"

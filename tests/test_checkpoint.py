@@ -153,6 +153,13 @@ def test_every_flipped_bit_is_found(tmp_path):
     load_checkpoint(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.pt: there is no such file"):
-        load_weights(tmp_path / "nowhere.pt")
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, suffix):
+    path = tmp_path / f"weights.{suffix}"
+    with pytest.raises(FileNotFoundError) as caught:
+        load_weights(path)
+    assert caught.value.filename == str(path)
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        load_weights(path)
+    assert caught.value.filename == str(path)

@@ -51,7 +51,7 @@ def test_samples_depend_on_the_batch_size_by_rounding_only(finished_run, compose
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["checkpoint=nowhere.pt"], "nowhere.pt: there is no such file"),
+        (["checkpoint=nowhere.pt"], "nowhere.pt: No such file or directory"),
         (["checkpoint={run}/config.yaml"], "no checkpoint"),
         (["checkpoint={run}/model.safetensors", "num_steps=21"], "num_steps must be at most 20, got 21"),
         (["checkpoint={run}/model.safetensors", "sampler=ddim", "eta=-1"], "eta=-1"),

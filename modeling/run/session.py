@@ -47,7 +47,9 @@ def _identify(config: Config, last_step: int, data_sha256: str) -> tuple[Identit
     try:
         origin = load_checkpoint(resume)
         origin_identity, origin_name = origin["about"]["identity"], describe_state(origin)
-    except (CheckpointError, OSError, KeyError) as error:
+    except OSError as error:
+        raise UserError(f"runtime.resume={resume}: {error.strerror}") from error
+    except (CheckpointError, KeyError) as error:
         raise UserError(f"runtime.resume={resume}: {error}") from error
     changed = differences(origin_identity, identity)
     must_match = tuple(f"{name}." for name in MUST_MATCH)

@@ -153,5 +153,6 @@ def read_safetensors(
     """
     from safetensors import safe_open
 
+    path.open("rb").close()  # for an error that names the path
     with reading(path, kind, error=error), safe_open(path, framework="pt") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

@@ -154,7 +154,7 @@ def test_an_existing_output_is_not_overwritten_unasked(exported, call, error_of,
         ("model.safetensors", "exported", "out=exported: exists already"),
         ("exported", "model.safetensors", "out=model.safetensors: exists already"),
         ("exported", "model.pt", "out=model.pt: must name a file *.safetensors, because checkpoint=exported is a"),
-        ("nowhere", "new", "nowhere: there is no such file"),
+        ("nowhere", "new", "nowhere: No such file or directory"),
     ):
         assert message in error_of(f"checkpoint={checkpoint}", f"out={out}")
     error = error_of("checkpoint=model.safetensors", "out=model.safetensors", "overwrite=true")

@@ -67,7 +67,7 @@ def test_a_saved_encoder_is_loaded_to_the_bit(tmp_path):
 
 def test_another_file_is_no_encoder(tmp_path):
     path = tmp_path / "encoder.safetensors"
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="No such file"):
         load_encoder(path)
     save_encoder(path, Encoder(8), {})
     weights = load_weights(path)[1]

@@ -121,7 +121,7 @@ def test_samples_that_cannot_be_measured_are_rejected(measure, capsys, shape, me
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["checkpoint=nowhere.pt"], "nowhere.pt: there is no such file"),
+        (["checkpoint=nowhere.pt"], "nowhere.pt: No such file or directory"),
         (["measures=[fid]", "inception_weights=nowhere.pth"], "inception_weights=nowhere.pth: there is no such file"),
         (["measures=[encoder]", "encoder=nowhere.safetensors"], "nowhere.safetensors"),
         (["data=nowhere"], "nowhere holds no prepared data: run prepare_data.py"),

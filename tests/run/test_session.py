@@ -84,7 +84,7 @@ def test_another_learning_rate_goes_into_a_new_folder_and_is_reported(tiny, stra
                 (["train.batch_size=8"], r"train\.batch_size: checkpoint 16, this run 8"),
             ]
         ],
-        (["runtime.resume=nowhere.pt"], r"runtime\.resume=nowhere\.pt: .*there is no such file"),
+        (["runtime.resume=nowhere.pt"], r"runtime\.resume=nowhere\.pt: No such file or directory"),
         (["runtime.resume=straight/config.yaml"], r"runtime\.resume=straight/config\.yaml: .*no checkpoint"),
     ],
 )
