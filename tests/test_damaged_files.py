@@ -1,8 +1,10 @@
 """Every file that is read back may be damaged or another project's: one line names it, and nothing else happens."""
 
 import copy
+import errno
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
-from modeling.checkpoint import export_weights, load_weights
+from modeling.checkpoint import CheckpointError, export_weights, load_weights
 from modeling.comparison.bands import compare
 from modeling.comparison.curves import read_run
 from modeling.comparison.references import choose_reference, load_references
@@ -30,6 +33,7 @@ from modeling.run.identity import identify
 from modeling.stage import read_manifest
 from modeling.system.errors import UserError
 from modeling.system.files import write_json
+from modeling.system.reading import reading
 from tests.helpers import ROOT, dataset, random_images
 from tests.interchange.networks import TINY, network
 
@@ -188,7 +192,7 @@ def altered(content: Any) -> Iterator[Any]:
             walk(item, (*path, key))
 
     walk(content, ())
-    for (*path, key), value in itertools.product(paths, ("missing", "x", [{}])):
+    for (*path, key), value in itertools.product(paths, ("missing", [{}])):
         other = parent = copy.deepcopy(content)
         for step in path:
             parent = parent[step]
@@ -209,3 +213,28 @@ def test_a_value_of_another_type_inside_ends_in_one_line_or_does_not_matter(tmp_
         found.add(outcome(name, tmp_path, config))
     assert "named" in found
     assert not [text for text in found if "\n" in text]
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {"format": "pt"}, *({"config": text} for text in ("[1]", "{", "[" * 10**5))]
+)
+def test_weights_without_a_configuration_are_no_exported_model(tmp_path, metadata):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save({"weight": torch.ones(1)}, metadata=metadata))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no exported model of this project, or damaged: "):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("num_bytes", [50_000_000, 2**40])
+def test_a_huge_header_is_rejected(tmp_path, num_bytes):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(num_bytes.to_bytes(8, "little"))
+    with path.open("r+b") as file:
+        file.truncate(100_000_000)  # takes no space on the disk
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no exported model of this project, or damaged: "):
+        load_weights(path)
+
+
+def test_a_failing_disk_is_no_damaged_file():
+    with pytest.raises(OSError, match=r"\[Errno 5\] Input/output error: 'x\.json'"), reading("x.json", "JSON"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
