@@ -1,8 +1,6 @@
 """What both stages agree on: the values they run on and the prepared data. Imports no torch."""
 
 import os
-import re
-import shlex
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -11,6 +9,7 @@ from typing_extensions import TypedDict  # pydantic reads typing's from Python 3
 
 from modeling.config import Config, Dataset, parse
 from modeling.system.errors import UserError
+from modeling.system.overrides import override
 from modeling.system.reading import parse_json, read_yaml, reading
 
 
@@ -22,6 +21,8 @@ def parse_stage(values: DictConfig) -> Config:
     """
     config = parse(values)
     if "DVC_STAGE" in os.environ:
+        if (root := values.dataset.root).startswith("~"):
+            raise UserError(f"dataset.root={root}: DVC does not know ~, expected the whole path, {config.dataset.root}")
         if config != parse(OmegaConf.create(read_yaml(Path("params.yaml"), dict[str, Any]))):
             raise UserError(
                 "inside a DVC stage the values must be those of params.yaml: use `dvc exp run -S key=value`"
@@ -67,13 +68,6 @@ def repository() -> Path:
     return Path(os.environ.get("DVC_ROOT", "."))
 
 
-def _override(key: str, value: object) -> str:
-    """`key=value` for a command line, quoted where the shell or Hydra would change it."""
-    if not re.fullmatch(r"[\w./:-]+", str(value), re.ASCII):
-        value = "'" + str(value).replace("'", "\\'") + "'"
-    return shlex.quote(f"{key}={value}")
-
-
 def load_manifest(folder: Path, remedy: str) -> Manifest:
     """The manifest in a folder of prepared data.
 
@@ -100,7 +94,7 @@ def read_manifest(dataset: Dataset) -> Manifest:
     command = f"python prepare_data.py dataset={dataset.name}"
     for key in ("root", "archive", "pictures", "skip_unusable", "num_images", "seed"):
         if (value := getattr(dataset, key)) is not None and value is not False:
-            command += f" {_override(f'dataset.{key}', value)}"
+            command += f" {override(f'dataset.{key}', value)}"
     manifest = load_manifest(folder, f"run `{command}`")
     found = manifest["dataset"]
     wanted = {key: getattr(dataset, key, None) for key in found}

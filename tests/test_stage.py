@@ -30,7 +30,7 @@ def test_a_damaged_manifest_names_the_command(tmp_path, text):
         read_manifest(section)
 
 
-@pytest.mark.parametrize("pictures", ["/a/b-1.0", "/a/my pictures", "it's (2), $x", "été/~a=b", '"'])
+@pytest.mark.parametrize("pictures", ["/a/b-1.0", "it's (2), $x", "été/~a=b#\n", "${oc.env:HOME}\\"])
 def test_the_command_that_an_error_names_sets_the_very_value(compose_config, tmp_path, pictures):
     values = dataset("folder", tmp_path, pictures=pictures, skip_unusable=True, num_images=3)
     with pytest.raises(UserError) as caught:
@@ -46,6 +46,16 @@ def test_only_params_yaml_runs_inside_a_dvc_stage(compose_config, monkeypatch):
     parse_stage(compose_config())
     with pytest.raises(UserError, match=r"must be those of params\.yaml"):
         parse_stage(compose_config("optimizer.lr=0.5"))
+
+
+def test_a_tilde_is_no_path_of_dvc(compose_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("DVC_STAGE", "train")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("root: data", "root: ~/data"))
+    message = "dataset.root=~/data: DVC does not know ~, expected the whole path, /home/me/data"
+    with pytest.raises(UserError, match=message):
+        parse_stage(compose_config("dataset.root='~/data'"))
 
 
 def test_a_recorded_stage_starts_from_no_file(compose_config, monkeypatch, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from modeling.comparison.curves import Curve, RunRecord, comparable
 from modeling.run.identity import describe_differences, differences
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
+from modeling.system.overrides import override
 from modeling.system.reading import check, parse_json, reading
 
 NUM_POINTS = 100  # of a reference's curve, at most
@@ -115,11 +115,7 @@ def command_of(config: Mapping[str, Any], default: Mapping[str, Any]) -> str:
         key: value | config[key] if isinstance(value, dict) else config[key] for key, value in default.items()
     }
     changed = differences(default, comparable(wanted))
-    values = {
-        key: new if isinstance(new, str) else json.dumps(new, separators=(",", ":"))
-        for key, (_, new) in changed.items()
-    }
-    return shlex.join(["python", "main.py", *(f"{key}={value}" for key, value in values.items())])
+    return " ".join(["python main.py", *(override(key, new) for key, (_, new) in changed.items())])
 
 
 def save_reference(reference: Reference, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from modeling.checkpoint import Checkpoint, CheckpointError, load_checkpoint, sa
 from modeling.run.identity import Identity, describe_differences, differences, run_name
 from modeling.system.errors import UserError
 from modeling.system.files import LockedError, locked, remove_partial_files, write_json
+from modeling.system.overrides import override
 from modeling.system.reading import Kind, read_json
 
 _LOCK, _MARKER = "lock", "run.json"
@@ -133,8 +134,8 @@ class RunFolder:
             return None
         _, checkpoint, theirs = max(found)
         how = describe_differences(differences(theirs, self.identity), "that run")
-        return (
-            f"note: {checkpoint} differs from this run only in {how}; to start from it, set runtime.resume={checkpoint}"
+        return f"note: {checkpoint} differs from this run only in {how}; to start from it, set " + override(
+            "runtime.resume", checkpoint
         )
 
     def _checkpoints(self) -> list[Path]:

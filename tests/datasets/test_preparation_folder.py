@@ -79,7 +79,7 @@ def test_from_a_folder_of_pictures_to_a_trained_model(tmp_path, monkeypatch, com
     values = compose_config(*options, "runtime.output_dir=run")
     (drawn / "photo.heic").write_bytes(b"")
     (drawn / "bad.png").write_bytes(b"bad")
-    quoted = re.escape(f"'dataset.pictures='\"'\"'{drawn}'")  # for the shell and for Hydra
+    quoted = re.escape(f"'dataset.pictures=\"{drawn}\"'")  # for the shell and for Hydra
     with ends_in_error(capsys, f"holds no prepared data: run `python prepare_data.py .*{quoted}"):
         main.main(values)
     with ends_in_error(capsys, r"1 of 41 pictures cannot be used.*\n  bad\.png: not a picture"):

@@ -1,0 +1,44 @@
+"""`key=value` on a command line: how a value is written, and which known key a wrong one means."""
+
+import difflib
+import re
+import shlex
+from collections.abc import Collection
+
+# Text that neither the shell nor Hydra changes, and that Hydra takes for no number.
+_PLAIN = re.compile(r"(\.{0,2}/)?[a-z_][\w./-]*", re.ASCII | re.IGNORECASE)
+
+
+def _written(value: object) -> str:
+    """A plain value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if not isinstance(value, str):
+        return str(value)
+    if _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false", "inf", "nan"):
+        return value
+    # Backslashes count where `${` or a quote follows, and nowhere else.
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), value) + '"'
+
+
+def assignment(key: str, value: object) -> str:
+    """The argument by which Hydra sets the key to this very value.
+
+    Args:
+        value: text, a number, a truth value, None, or a list of these.
+    """
+    return f"{key}={_written(value)}"
+
+
+def override(key: str, value: object) -> str:
+    """`assignment` as a word of a shell's command line."""
+    return shlex.quote(assignment(key, value))
+
+
+def nearest(key: str, known: Collection[str]) -> str:
+    """The known key that a wrong one means: one with the same last part (`train.lr`: `optimizer.lr`) comes first."""
+    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return difflib.get_close_matches(key, same or known, n=1, cutoff=0)[0]
