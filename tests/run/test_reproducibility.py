@@ -48,7 +48,7 @@ def test_the_deterministic_mode_repeats_a_run_on_cuda_to_the_bit(tiny_data, tmp_
 @pytest.mark.slow
 def test_the_same_command_finds_its_run_after_a_comment_is_edited(tiny_data, tmp_path):
     """In a copy of the code; an edit that can change the result gives another run, beside the first."""
-    for name in ("modeling", "conf"):
+    for name in ("modeling", "conf", "hydra_plugins"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("main.py", "params.yaml"):
         shutil.copy(ROOT / name, tmp_path / name)
