@@ -8,34 +8,31 @@ example a downloaded copy of `google/ddpm-cifar10-32`. The folder does not know 
 our file then has the values of params.yaml, or those given as `config.seed=1`.
 """
 
+from functools import partial
 from pathlib import Path
-
-import hydra
-from omegaconf import DictConfig
 
 from modeling.config import parse
 from modeling.options import ConvertConfig, check_out
-from modeling.system.errors import UserError, errors_in_one_line
+from modeling.system.command_line import script
+from modeling.system.errors import UserError
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="convert")
-def main(values: DictConfig) -> None:
-    with errors_in_one_line():
-        options = parse(values, ConvertConfig)
-        checkpoint, out = Path(options.checkpoint), Path(options.out)
-        check_out(out, options.overwrite)
-        if checkpoint.is_dir() and (out.suffix != ".safetensors" or out.is_dir()):
-            raise UserError(f"out={out}: must name a file *.safetensors, because checkpoint={checkpoint} is a folder")
-        if not checkpoint.is_dir() and out.is_file():
-            raise UserError(f"out={out}: must name a folder, because checkpoint={checkpoint} is not one")
+@script("convert", partial(parse, schema=ConvertConfig))
+def main(options: ConvertConfig) -> None:
+    checkpoint, out = Path(options.checkpoint), Path(options.out)
+    check_out(out, options.overwrite)
+    if checkpoint.is_dir() and (out.suffix != ".safetensors" or out.is_dir()):
+        raise UserError(f"out={out}: must name a file *.safetensors, because checkpoint={checkpoint} is a folder")
+    if not checkpoint.is_dir() and out.is_file():
+        raise UserError(f"out={out}: must name a folder, because checkpoint={checkpoint} is not one")
 
-        from modeling.interchange.pipeline import read_pipeline, write_pipeline
+    from modeling.interchange.pipeline import read_pipeline, write_pipeline
 
-        if checkpoint.is_dir():
-            read_pipeline(checkpoint, out, options.config)
-        else:
-            write_pipeline(options.checkpoint, out)
-        print(out)
+    if checkpoint.is_dir():
+        read_pipeline(checkpoint, out, options.config)
+    else:
+        write_pipeline(options.checkpoint, out)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,17 @@ number is written with its identity (model, data, sampler, n, extractor) to <out
 resumes after a stop; what is measured already is not measured again.
 """
 
-import hydra
-from omegaconf import DictConfig
+from functools import partial
 
 from modeling.config import parse
 from modeling.options import EvaluateConfig
-from modeling.system.errors import errors_in_one_line
+from modeling.system.command_line import script
 from modeling.system.signals import stopping_on_signals
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
-def main(values: DictConfig) -> None:
-    with errors_in_one_line(), stopping_on_signals():
-        options = parse(values, EvaluateConfig)
-
+@script("evaluate", partial(parse, schema=EvaluateConfig))
+def main(options: EvaluateConfig) -> None:
+    with stopping_on_signals():
         from modeling.measures.evaluation_file import FILE, describe_record
         from modeling.measures.plan import take_measures
         from modeling.measures.subject import load_subject

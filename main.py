@@ -10,36 +10,32 @@ SIGHUP, SIGUSR1, SIGUSR2 and runtime.max_seconds save the state and end with 143
 """
 
 import os
-import sys
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
+from modeling.config import Config
 from modeling.stage import parse_stage, read_manifest
-from modeling.system.errors import errors_in_one_line
+from modeling.system.command_line import script
+from modeling.system.errors import UserError
 from modeling.system.signals import Stopped, stopping_on_signals
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(values: DictConfig) -> None:
-    with errors_in_one_line():
-        config = parse_stage(values)
-        manifest = read_manifest(config.dataset)
-        with stopping_on_signals(config.runtime.max_seconds):
-            # Imported late, because torch takes seconds, and a wrong configuration should not wait for it.
-            from modeling.run.session import publish, train
+@script("config", parse_stage)
+def main(config: Config) -> None:
+    manifest = read_manifest(config.dataset)
+    with stopping_on_signals(config.runtime.max_seconds):
+        # Imported late, because torch takes seconds, and a wrong configuration should not wait for it.
+        from modeling.run.session import publish, train
 
-            is_stage = "DVC_STAGE" in os.environ
-            try:
-                folder = train(config, manifest, replace=is_stage)
-                if is_stage:
-                    publish(folder, Path("outputs"))
-                    print(f"artefacts   outputs/, from {folder}/")
-            except Stopped as stopped:
-                if is_stage and stopped.code == 0:
-                    sys.exit(f"{stopped.reason} is over before the stage is done: `dvc repro` again resumes it")
-                raise
+        is_stage = "DVC_STAGE" in os.environ
+        try:
+            folder = train(config, manifest, replace=is_stage)
+            if is_stage:
+                publish(folder, Path("outputs"))
+                print(f"artefacts   outputs/, from {folder}/")
+        except Stopped as stopped:
+            if is_stage and stopped.code == 0:
+                raise UserError(f"{stopped.reason} is over before the stage is done: `dvc repro` resumes it") from None
+            raise
 
 
 if __name__ == "__main__":

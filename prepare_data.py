@@ -7,32 +7,29 @@
 Writes <dataset.root>/<dataset.name>/{train.npy,test.npy,manifest.json}. A second run verifies and does nothing.
 """
 
-import hydra
-from omegaconf import DictConfig
-
+from modeling.config import Config
 from modeling.stage import parse_stage
-from modeling.system.errors import errors_in_one_line
+from modeling.system.command_line import script
 from modeling.system.signals import stopping_on_signals
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(values: DictConfig) -> None:
-    with errors_in_one_line():
-        dataset = parse_stage(values).dataset
-        with stopping_on_signals():
-            from modeling.datasets.pictures import describe_passed_over, find_pictures
-            from modeling.datasets.preparation import pictures_folder, prepare, unusable_list
+@script("config", parse_stage)
+def main(config: Config) -> None:
+    dataset = config.dataset
+    with stopping_on_signals():
+        from modeling.datasets.pictures import describe_passed_over, find_pictures
+        from modeling.datasets.preparation import pictures_folder, prepare, unusable_list
 
-            manifest, is_new = prepare(dataset)
-            counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
-            if pictures := manifest.get("pictures"):
-                counts += f", of {pictures['count']} pictures, {pictures['duplicates']} of them duplicates"
-                if pictures["unusable"]:
-                    counts += f", {pictures['unusable']} unusable (listed in {unusable_list(dataset)})"
-                _, passed_over = find_pictures(pictures_folder(dataset))
-                if passed_over:
-                    print(describe_passed_over(passed_over))
-        print(f"{dataset.folder}: {counts} ({'written' if is_new else 'already there, verified'})")
+        manifest, is_new = prepare(dataset)
+        counts = ", ".join(f"{name} {entry['count']} images" for name, entry in manifest["files"].items())
+        if pictures := manifest.get("pictures"):
+            counts += f", of {pictures['count']} pictures, {pictures['duplicates']} of them duplicates"
+            if pictures["unusable"]:
+                counts += f", {pictures['unusable']} unusable (listed in {unusable_list(dataset)})"
+            _, passed_over = find_pictures(pictures_folder(dataset))
+            if passed_over:
+                print(describe_passed_over(passed_over))
+    print(f"{dataset.folder}: {counts} ({'written' if is_new else 'already there, verified'})")
 
 
 if __name__ == "__main__":

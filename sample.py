@@ -13,43 +13,39 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
 from modeling.config import parse
 from modeling.options import SampleConfig, check_out
-from modeling.system.errors import UserError, errors_in_one_line
+from modeling.system.command_line import script
+from modeling.system.errors import UserError
 from modeling.system.signals import stopping_on_signals
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="sample")
-def main(values: DictConfig) -> None:
-    with errors_in_one_line():
-        options = parse(values, SampleConfig)
-        out = Path(options.out)
-        check_out(out, options.overwrite)
-        if out.is_dir() and not (out / "identity.json").exists():
-            raise UserError(f"out={out}: this folder does not hold samples, so it is not replaced")
-        with stopping_on_signals():
-            from modeling.images import save_grid
-            from modeling.measures.explain import COLUMNS, denoising_path, interpolation
-            from modeling.measures.sample_files import write_samples
-            from modeling.measures.trained import SIZE, load_trained
-            from modeling.system.progress import progress_bar
+@script("sample", partial(parse, schema=SampleConfig))
+def main(options: SampleConfig) -> None:
+    out = Path(options.out)
+    check_out(out, options.overwrite)
+    if out.is_dir() and not (out / "identity.json").exists():
+        raise UserError(f"out={out}: this folder does not hold samples, so it is not replaced")
+    with stopping_on_signals():
+        from modeling.images import save_grid
+        from modeling.measures.explain import COLUMNS, denoising_path, interpolation
+        from modeling.measures.sample_files import write_samples
+        from modeling.measures.trained import SIZE, load_trained
+        from modeling.system.progress import progress_bar
 
-            trained, _ = load_trained(options)
-            if options.picture == "grid":
-                parts = out.with_name(f"{out.name}.partial")
-                write_samples(trained.draw(parts), trained.samples_identity, out)
-                shutil.rmtree(parts)
-            else:
-                show = denoising_path if options.picture == "path" else interpolation
-                images = show(
-                    trained.model, options.num_images, SIZE, trained.device, trained.sampler, seed=options.seed,
-                    precision=trained.precision, bar=partial(progress_bar, desc="sampling"),
-                )  # fmt: skip
-                save_grid(images, out, num_columns=COLUMNS)
-        print(out)
+        trained, _ = load_trained(options)
+        if options.picture == "grid":
+            parts = out.with_name(f"{out.name}.partial")
+            write_samples(trained.draw(parts), trained.samples_identity, out)
+            shutil.rmtree(parts)
+        else:
+            show = denoising_path if options.picture == "path" else interpolation
+            images = show(
+                trained.model, options.num_images, SIZE, trained.device, trained.sampler, seed=options.seed,
+                precision=trained.precision, bar=partial(progress_bar, desc="sampling"),
+            )  # fmt: skip
+            save_grid(images, out, num_columns=COLUMNS)
+    print(out)
 
 
 if __name__ == "__main__":

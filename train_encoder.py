@@ -7,14 +7,12 @@
 Prints the file's SHA-256, which names the feature space, and the accuracy on the test images.
 """
 
+from functools import partial
 from pathlib import Path
-
-import hydra
-from omegaconf import DictConfig
 
 from modeling.config import parse
 from modeling.options import EncoderConfig, check_out
-from modeling.system.errors import errors_in_one_line
+from modeling.system.command_line import script
 from modeling.system.signals import stopping_on_signals
 
 
@@ -37,10 +35,9 @@ def print_controls(options: EncoderConfig) -> None:
     check_rising(distances)
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="encoder")
-def main(values: DictConfig) -> None:
-    with errors_in_one_line(), stopping_on_signals():
-        options = parse(values, EncoderConfig)
+@script("encoder", partial(parse, schema=EncoderConfig))
+def main(options: EncoderConfig) -> None:
+    with stopping_on_signals():
         if options.controls:
             print_controls(options)
             return

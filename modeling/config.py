@@ -3,19 +3,19 @@
 What leaves `parse` is frozen and valid.
 """
 
-import difflib
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from modeling import IMAGE_SIZE
 from modeling.system.errors import UserError
+from modeling.system.overrides import nearest, override
 
 SchemaType = TypeVar("SchemaType", bound=BaseModel)
 
@@ -24,6 +24,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 HiddenSize = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # `~` is the home folder
+
+_MISSING = "missing, expected a value"
 
 # What Weights & Biases, Hugging Face and GitHub hand out as keys.
 _SECRET = re.compile(r"\b([0-9a-f]{40}|wandb_v\d_\w+|hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w+)\b")
@@ -44,10 +47,10 @@ class Section(BaseModel):
 
 class Dataset(Section):
     name: Literal["cifar10", "shapes", "folder"]
-    root: Text  # the prepared data is in <root>/<name>/
-    archive: Text | None  # cifar10: the archive, or its unpacked folder; a missing one is downloaded
+    root: PathText  # the prepared data is in <root>/<name>/
+    archive: PathText | None  # cifar10: the archive, or its unpacked folder; a missing one is downloaded
     urls: list[Text] | None  # cifar10: addresses of the archive, tried in turn
-    pictures: Text | None  # folder: the pictures, at any depth of this folder
+    pictures: PathText | None  # folder: the pictures, at any depth of this folder
     skip_unusable: bool | None = None  # folder: goes on without pictures that cannot be used; older files lack the key
     num_images: PositiveInt | None  # training images; null: all of the archive or the pictures, or 20,000 shapes
     seed: Annotated[int, Field(ge=0)] | None  # shapes: which ones are drawn
@@ -149,8 +152,8 @@ class Runtime(Machine):
     compile: bool
     micro_batch_size: PositiveInt | None  # at most so many images go through the network at a time; null: by the device
     num_workers: Annotated[int, Field(ge=0, le=64)]
-    output_dir: Text | None  # the run's folder; null: runs/<readable name>-<hash>
-    resume: Text  # auto: from the folder's newest checkpoint; never: from zero; or a checkpoint's path to start from
+    output_dir: PathText | None  # the run's folder; null: runs/<readable name>-<hash>
+    resume: PathText  # auto: from the folder's newest checkpoint; never: from zero; or a checkpoint to start from
     max_seconds: PositiveFloat | None  # then the run saves its state and ends, to be continued by the same command
     checkpoint_seconds: PositiveFloat | None  # saves after so long even if checkpoint_every is not reached
     keep_checkpoints: PositiveInt  # the newest ones
@@ -197,14 +200,15 @@ def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
 def _line(error: ErrorDetails, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, _known_keys(schema), n=1, cutoff=0)[0]
-        return f"{key}: unknown key; the nearest known one is {nearest}"
+        return f"{key}: unknown key; the nearest known one is {nearest(key, _known_keys(schema))}"
     if error["type"] == "missing":
-        return f"{key}: missing"
+        return f"{key}: {_MISSING}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and isinstance(error["input"], (dict, BaseModel)):
         return f"{key}: {message}" if key else message  # a check across keys names the values itself
-    return f"{key}={error['input']}: {message[0].lower()}{message[1:]}"
+    line = f"{key}={error['input']}: {message[0].lower()}{message[1:]}"
+    is_number = error["type"] == "string_type" and type(error["input"]) in (int, float)
+    return f"{line}; as text it is written {override(key, str(error['input']))}" if is_number else line
 
 
 def _reject_secrets(values: object, key: str = "") -> None:
@@ -234,7 +238,8 @@ def parse(values: DictConfig | ListConfig | dict, schema: type[SchemaType] = Con
         _reject_secrets(plain)
         return schema.model_validate(plain)
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        is_missing = isinstance(error, MissingMandatoryValue)
+        raise UserError(f"{error.full_key}: {_MISSING if is_missing else str(error).splitlines()[0]}") from error
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(_line(entry, schema) for entry in error.errors()))) from error
 

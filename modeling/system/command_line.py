@@ -1,0 +1,144 @@
+"""The command line of a script: Hydra builds the values, and a user's mistake is answered in one line."""
+
+import functools
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from modeling.system.errors import UserError, errors_in_one_line
+from modeling.system.overrides import assignment, nearest, override
+from modeling.system.signals import Stopped
+
+Options = TypeVar("Options")
+
+CONFIGURATION = Path(__file__).resolve().parents[2] / "conf"
+
+
+def script(name: str, read: Callable[[DictConfig], Options]) -> Callable[[Callable[[Options], None]], Callable]:
+    """Makes a script's `main` of a function of its options; a user's mistake then ends it with one line.
+
+    `main()` runs on `sys.argv`, `main(values)` on composed values. In a sweep (`-m`) a failed run does not end the
+    others, but a signal does.
+
+    Args:
+        name: of its configuration, `conf/<name>.yaml`.
+        read: checks the composed values.
+    """
+
+    def decorate(function: Callable[[Options], None]) -> Callable:
+        num_failed = 0
+
+        def run(values: DictConfig) -> None:
+            with errors_in_one_line():
+                function(read(values))
+
+        @functools.wraps(function)  # by which Hydra finds the script's name
+        def job(values: DictConfig) -> None:
+            nonlocal num_failed
+            try:
+                run(values)
+            except SystemExit as ended:
+                if HydraConfig.get().mode != RunMode.MULTIRUN or (isinstance(ended, Stopped) and ended.code):
+                    raise
+                num_failed += bool(ended.code)
+
+        @functools.wraps(function)
+        def main(values: DictConfig | None = None) -> None:
+            if values is not None:
+                run(values)
+                return
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own errors, and cut tracebacks
+            sys.argv[1:] = map(_with_home, sys.argv[1:])
+            with errors_in_one_line():
+                try:
+                    hydra.main(version_base="1.3", config_path=str(CONFIGURATION), config_name=name)(job)()
+                except (HydraException, ValueError) as error:  # Hydra raises both for a wrong argument
+                    if mistakes := list(_mistakes(name)):
+                        raise UserError("\n".join(mistakes)) from error
+                    if isinstance(error, HydraException):
+                        reason = str(error) or str(error.__cause__)
+                        raise UserError(" ".join(reason.split())) from error
+                    raise
+                if num_failed:
+                    raise UserError(f"{num_failed} runs of this sweep failed")
+
+        return main
+
+    return decorate
+
+
+def _with_home(word: str) -> str:
+    """`key=~/path`, which Hydra cannot read, with the home folder's path instead of `~`."""
+    match = re.fullmatch(r"([\w.]+)=(~[^,]*)", word)
+    return word if match is None else assignment(match[1], os.path.expanduser(match[2]))
+
+
+def _mistakes(name: str) -> Iterator[str]:
+    """What is wrong with each argument of the command line, a line for each mistake."""
+    with hydra.initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        values: Any = OmegaConf.to_container(hydra.compose(name, return_hydra_config=True))
+    groups = [group for group in values.pop("hydra")["runtime"]["choices"] if not group.startswith("hydra/")]
+    known = {*groups, *_keys(values)}
+    arguments = get_args_parser().parse_args()
+    for word in arguments.overrides:
+        try:
+            parsed = OverridesParser.create(loader).parse_override(word)
+        except HydraException:
+            yield _unreadable(word)
+            continue
+        key = parsed.key_or_group
+        is_sweep = parsed.is_sweep_override()
+        if key == "hydra" or parsed.is_hydra_override():
+            continue
+        if not key:
+            yield f"{word}: expected key=value"
+        elif key not in known:
+            yield f"{key}: unknown key; the nearest known one is {nearest(key, known)}"
+        elif parsed.is_add():
+            yield f"{word}: {key} is known already; leave out the +"
+        elif parsed.is_delete():
+            yield f"{word}: a key cannot be removed, only set"
+        elif is_sweep and not arguments.multirun:
+            text = parsed.get_value_string()
+            yield (
+                f"{word}: several values need -m, which runs one after the other; "
+                f"a list is written {shlex.quote(f'{key}=[{text}]')}, a text {override(key, text)}"
+            )
+        elif key in groups:
+            options = loader.get_group_options(key)
+            for option in parsed.sweep_string_iterator() if is_sweep else [str(parsed.value())]:
+                if option not in options:
+                    yield (
+                        f"{key}={option}: unknown option; the nearest known one is {nearest(option, options)} "
+                        f"(of {', '.join(options)})"
+                    )
+
+
+def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested values, with those of the sections."""
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _unreadable(word: str) -> str:
+    """The line for an argument that is not in Hydra's grammar."""
+    key, is_pair, text = word.partition("=")
+    if not is_pair or not re.fullmatch(r"[+~]*[a-z_]\w*([./]\w+)*", key, re.ASCII | re.IGNORECASE):
+        return f"{word}: expected key=value"
+    return f"{word}: Hydra cannot read this value; a text is written {override(key, text)}"
