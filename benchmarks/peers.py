@@ -27,7 +27,7 @@ def diffusers_training(batch_size: int, precision: str = "fp32") -> Contender:
 
     device = resolve_device("auto")
     flops = network_flops(network, with_gradient=True, time=500.0)
-    network.to(device)
+    network.to(device)  # pyright: ignore[reportArgumentType]  # its decorator hides self
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     x_0 = (torch.rand(batch_size, 3, 32, 32) * 2 - 1).to(device)
 
