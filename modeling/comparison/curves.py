@@ -59,6 +59,9 @@ class _Manifest(TypedDict):
     files: dict[str, _File]
 
 
+_REMEDY = "restore it, or train this run again"
+
+
 @dataclass(frozen=True)
 class Curve:
     """Mean losses of consecutive spans.
@@ -120,7 +123,7 @@ def _read_metrics(path: Path) -> _Metrics | None:
     """The content of metrics.json; None where there is none."""
     if not path.exists():
         return None
-    with reading(path, "metrics of a finished run"):
+    with reading(path, "metrics of a finished run", _REMEDY):
         metrics = parse_json(path.read_bytes(), _Metrics)
         check({key: loss for key, loss in metrics.items() if key.startswith("eval/")}, dict[str, float])
         return metrics
@@ -134,7 +137,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     path = folder / "metrics.jsonl"
     try:
-        config, rows = read_yaml(folder / "config.yaml", _Config), read_json_lines(path, _Row)
+        config, rows = read_yaml(folder / "config.yaml", _Config, _REMEDY), read_json_lines(path, _Row)
         metrics = _read_metrics(folder / "metrics.json")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; expected the folder of a run that has begun") from error
@@ -142,7 +145,7 @@ def read_run(folder: Path) -> RunRecord:
     if not rows:
         raise UserError(f"too early: {path} is empty, its first line comes at step {log_every:,}")
     if None in rows:
-        raise UserError(f"{path}: line {rows.index(None) + 1} is damaged; a run that resumes leaves it out")
+        raise UserError(f"{path}: line {rows.index(None) + 1} is damaged: delete it, or resume the run, which does")
     table = [[row["step"], row["train/loss"], row["train/skipped"], row["seconds"]] for row in rows if row]
     steps, losses, skipped, seconds = np.array(table, dtype=float).T  # null becomes nan
     if metrics and metrics["steps"] != steps[-1]:

@@ -39,14 +39,14 @@ def write_samples(images: Tensor, identity: dict, out: Path) -> None:
         new.rename(out)
 
 
-def read_samples(path: Path) -> tuple[Tensor, dict]:
+def read_samples(path: Path, remedy: str = "") -> tuple[Tensor, dict]:
     """Images (N, 3, H, W) uint8 and their identity from an .npz of `write_samples`, or of another project.
 
     Raises:
         UserError: for a file that holds no such array.
         OSError: for one that cannot be read.
     """
-    with reading_arrays(path, ".npz with an array arr_0") as archive:
+    with reading_arrays(path, ".npz with an array arr_0", remedy) as archive:
         images = archive["arr_0"]
         identity = parse_json(str(archive["identity"]), dict[str, Any]) if "identity" in archive else {}
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:

@@ -63,7 +63,7 @@ class Samples:
         if self.given is not None:
             return self.given
         if self.path.exists():
-            images, identity = read_samples(self.path)
+            images, identity = read_samples(self.path, "delete it, and the samples are drawn again")
             if identity == as_stored(self.identity) and len(images) >= self.num_images:
                 return images[: self.num_images]
         parts = self.path.with_name(f"{self.path.name}.partial")
