@@ -47,7 +47,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "text": lambda content: b'"text"',
     "number": lambda content: b"5",
     "another's": lambda content: b'{"status": "COMPLETED"}\n',
-    "Latin-1": lambda content: b'{"caf\xe9": 1}',
+    "Latin-1": lambda content: b'{"\xe9": 1}',
     "deep": lambda content: b"[" * 100_000,
 }
 READABLE = {("metrics.jsonl", "cut")}  # a run that is writing it
