@@ -12,18 +12,18 @@ from functools import partial
 from pathlib import Path
 
 from modeling.config import parse
-from modeling.options import ConvertConfig, check_out
+from modeling.options import ConvertConfig, check_out, weights_file
 from modeling.system.command_line import script
 from modeling.system.errors import UserError
 
 
 @script("convert", partial(parse, schema=ConvertConfig))
 def main(options: ConvertConfig) -> None:
-    checkpoint, out = Path(options.checkpoint), Path(options.out)
+    checkpoint, out = weights_file(Path(options.checkpoint)), Path(options.out)
     check_out(out, options.overwrite)
     if checkpoint.is_dir() and (out.suffix != ".safetensors" or out.is_dir()):
         raise UserError(f"out={out}: must name a file *.safetensors, because checkpoint={checkpoint} is a folder")
-    if not checkpoint.is_dir() and out.is_file():
+    if not checkpoint.is_dir() and (out.is_file() or out.suffix in (".safetensors", ".pt")):
         raise UserError(f"out={out}: must name a folder, because checkpoint={checkpoint} is not one")
 
     from modeling.interchange.pipeline import read_pipeline, write_pipeline
@@ -31,7 +31,7 @@ def main(options: ConvertConfig) -> None:
     if checkpoint.is_dir():
         read_pipeline(checkpoint, out, options.config)
     else:
-        write_pipeline(options.checkpoint, out)
+        write_pipeline(checkpoint, out)
     print(out)
 
 

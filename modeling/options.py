@@ -5,8 +5,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modeling.config import Config, HiddenSize, Machine, PositiveFloat, PositiveInt, Section, Text
+from modeling.config import Config, HiddenSize, Machine, PathText, PositiveFloat, PositiveInt, Section, Text
 from modeling.system.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]  # where the files that a script takes by default are
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -19,10 +21,16 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"out={out}: exists already; name another one or set overwrite=true")
 
 
+def weights_file(checkpoint: Path, weights: str = "ema") -> Path:
+    """The file of a run's folder (or of `outputs/`) that holds these weights; any other path as it is."""
+    names = ["checkpoints/last.pt"] if weights == "raw" else ["model.safetensors", "checkpoints/last.pt"]
+    return next((checkpoint / name for name in names if (checkpoint / name).is_file()), checkpoint)
+
+
 class Sampling(Machine):
     """A trained model and how images are drawn from it."""
 
-    checkpoint: Text  # model.safetensors, or a full checkpoint (.pt)
+    checkpoint: PathText  # model.safetensors, a full checkpoint (.pt), or the run's folder
     weights: Literal["ema", "raw"]  # raw: the plain weights, which only a full checkpoint holds
     num_images: PositiveInt
     batch_size: PositiveInt | None  # images at a time; results depend on it by rounding only; null: 64, on CUDA 512
@@ -45,7 +53,7 @@ class Sampling(Machine):
 class SampleConfig(Sampling):
     """All of `conf/sample.yaml`."""
 
-    out: Text  # *.png: one picture; *.npz: all images in an array; else a folder with a PNG for each image
+    out: PathText  # *.png: one picture; *.npz: all images in an array; else a folder with a PNG for each image
     # out=*.png: grid of the images; path: how each forms; interpolation: rows between images 2k and 2k + 1
     picture: Literal["grid", "path", "interpolation"]
 
@@ -53,6 +61,8 @@ class SampleConfig(Sampling):
     def _fits_out(self) -> Self:
         if not Path(self.out).name:
             raise ValueError(f"out must name a file or a folder, got {self.out}")
+        if (suffix := Path(self.out).suffix) not in ("", ".png", ".npz") and not suffix[1:].isdigit():
+            raise ValueError(f"out must end in .png or .npz, or name a folder, which has no suffix, got {self.out}")
         if self.picture != "grid" and not self.out.endswith(".png"):
             raise ValueError(f"picture={self.picture} needs out=*.png, got {self.out}")
         if self.picture != "grid" and self.num_images > 16:
@@ -65,23 +75,24 @@ class SampleConfig(Sampling):
 class EvaluateConfig(Sampling):
     """All of `conf/evaluate.yaml`; `checkpoint` may also be "linear" or "gaussian" (`measures.linear_denoiser`)."""
 
-    out: Text  # a folder for evaluation.json, the samples and the pictures
+    out: PathText  # a folder for evaluation.json, the samples and the pictures
     measures: Annotated[list[Literal["bits_per_dim", "heldout_loss", "encoder", "fid"]], Field(min_length=1)]
-    samples: Text | None  # an .npz of sample.py or another project, measured instead of new samples
-    data: Text | None  # the folder of prepared data; null: the checkpoint's own; data/cifar10 for linear and gaussian
+    samples: PathText | None  # an .npz of sample.py or another project, measured instead of new samples
+    # The folder of prepared data; null: the checkpoint's own, or data/cifar10 for linear and gaussian.
+    data: PathText | None
     bits_images: PositiveInt  # bits_per_dim: of the test images, at most all of them
     bits_timesteps: PositiveInt | None  # bits_per_dim: drawn for each image; null: all T
     loss_images: PositiveInt  # heldout_loss: of the test images, at most all of them
-    encoder: Text  # encoder: the file that train_encoder.py wrote
-    inception_weights: Text | None  # fid: torch-fidelity's file; null: downloaded
+    encoder: PathText | None  # encoder: the file that train_encoder.py wrote; null: the repository's
+    inception_weights: PathText | None  # fid: torch-fidelity's file; null: downloaded
 
 
 class EncoderConfig(Machine):
     """All of `conf/encoder.yaml`."""
 
     precision: Literal["auto", "fp32", "bf16"]  # fp16 would need a scale of the loss
-    out: Text  # the file of weights; with controls, the one whose features are tried
-    archive: Text  # CIFAR-10's; downloaded there when it is missing
+    out: PathText  # the file of weights; with controls, the one whose features are tried
+    archive: PathText  # CIFAR-10's; downloaded there when it is missing
     urls: list[Text]
     controls: bool  # prints the controls' distances instead of training
     width: Annotated[HiddenSize, Field(le=256)]  # the features are 4 times as many
@@ -95,7 +106,8 @@ class EncoderConfig(Machine):
 class ConvertConfig(Section):
     """All of `conf/convert.yaml`."""
 
-    checkpoint: Text  # ours (model.safetensors or .pt): to diffusers; a DDPMPipeline's folder: from diffusers
-    out: Text  # the DDPMPipeline's folder, or our *.safetensors
+    # Ours (model.safetensors, .pt or a run's folder): to diffusers; a DDPMPipeline's folder: from diffusers.
+    checkpoint: PathText
+    out: PathText  # the DDPMPipeline's folder, or our *.safetensors
     overwrite: bool
     config: Config  # from diffusers: what our file says of a run; the folder's model and diffusion process replace its

@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from modeling.config import Config, parse, to_yaml
-from modeling.options import SampleConfig
+from modeling.options import ConvertConfig, EncoderConfig, EvaluateConfig, SampleConfig
 from modeling.system.errors import UserError
 from tests.helpers import ROOT, leaves
 
@@ -152,8 +152,24 @@ def test_a_wrong_value_is_one_line_with_key_value_and_expectation(compose_config
 
 
 def test_a_missing_required_value_is_named(compose_config):
-    with pytest.raises(UserError, match="checkpoint"):
+    with pytest.raises(UserError, match="^checkpoint: missing, expected a value$"):
         parse(compose_config(name="sample"), SampleConfig)
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "keys"),
+    [
+        ("config", Config, ["dataset.root", "dataset.archive", "runtime.output_dir", "runtime.resume"]),
+        ("sample", SampleConfig, ["checkpoint", "out"]),
+        ("evaluate", EvaluateConfig, ["checkpoint", "out", "samples", "data", "encoder", "inception_weights"]),
+        ("encoder", EncoderConfig, ["out", "archive"]),
+        ("convert", ConvertConfig, ["checkpoint", "out"]),
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_every_path(compose_config, monkeypatch, name, schema, keys):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse(compose_config(*(f"{key}='~/x'" for key in keys), name=name), schema)
+    assert {leaves(config.model_dump())[key] for key in keys} == {"/home/me/x"}
 
 
 def test_the_schema_and_params_yaml_have_the_same_leaves():

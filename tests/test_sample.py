@@ -1,6 +1,7 @@
 """sample.py: needs nothing but the file, writes every kind of output, resumes, and trusts no file."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from modeling.checkpoint import load_weights
 from modeling.config import parse
 from modeling.measures import trained
 from modeling.measures.sample_files import read_samples
+from modeling.options import weights_file
 from modeling.samplers import Ancestral
 from modeling.system.errors import UserError
 from tests.helpers import ended_after, ends_in_error, run_script
@@ -52,6 +54,7 @@ def test_samples_depend_on_the_batch_size_by_rounding_only(finished_run, compose
     ("overrides", "message"),
     [
         (["checkpoint=nowhere.pt"], "nowhere.pt: No such file or directory"),
+        (["checkpoint={run}/samples"], "expected a file, or a run's folder that holds weights=ema"),
         (["checkpoint={run}/config.yaml"], "no checkpoint"),
         (["checkpoint={run}/model.safetensors", "num_steps=21"], "num_steps must be at most 20, got 21"),
         (["checkpoint={run}/model.safetensors", "sampler=ddim", "eta=-1"], "eta=-1"),
@@ -73,7 +76,7 @@ def test_wrong_requests_are_rejected(finished_run, compose_config, monkeypatch, 
 def test_a_stopped_script_resumes_and_writes_every_kind_of_output(finished_run, compose_config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     options = [
-        f"checkpoint={finished_run}/checkpoints/last.pt", "num_images=6", "batch_size=2", "num_steps=4", "sampler=ddim",
+        f"checkpoint={finished_run}", "num_images=6", "batch_size=2", "num_steps=4", "sampler=ddim",
     ]  # fmt: skip
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trained, "sample_images", ended_after(trained.sample_images, 2, KeyboardInterrupt))
@@ -147,7 +150,26 @@ def test_a_bug_inside_sampling_keeps_its_traceback(finished_run, compose_config,
         sample.main(compose_config(*options, name="sample"))
 
 
-@pytest.mark.parametrize("out", [".", "/"])
-def test_an_output_without_a_name_is_rejected(compose_config, capsys, out):
-    with ends_in_error(capsys, f"out must name a file or a folder, got {out}"):
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (".", "out must name a file or a folder, got ."),
+        ("/", "out must name a file or a folder, got /"),
+        ("x.jpg", "out must end in .png or .npz, or name a folder, which has no suffix, got x.jpg"),
+        ("x.PNG", "out must end in .png or .npz, or name a folder, which has no suffix, got x.PNG"),
+    ],
+)
+def test_an_output_of_no_known_kind_is_rejected(compose_config, capsys, out, message):
+    with ends_in_error(capsys, f"^{re.escape(message)}$"):
         sample.main(compose_config("checkpoint=any.pt", f"out={out}", "overwrite=true", name="sample"))
+
+
+def test_a_run_folder_is_a_checkpoint(tmp_path):
+    assert weights_file(tmp_path) == tmp_path  # of another kind
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.pt").touch()
+    assert weights_file(tmp_path) == tmp_path / "checkpoints" / "last.pt"  # of an unfinished run
+    (tmp_path / "model.safetensors").touch()
+    assert weights_file(tmp_path) == tmp_path / "model.safetensors"
+    assert weights_file(tmp_path, "raw") == tmp_path / "checkpoints" / "last.pt"
+    assert weights_file(tmp_path / "model.safetensors", "raw") == tmp_path / "model.safetensors"

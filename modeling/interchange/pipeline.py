@@ -26,7 +26,7 @@ def _write_config(path: Path, class_name: str, values: dict[str, Any]) -> None:
     write_json(path, dict(sorted(content.items())))
 
 
-def write_pipeline(checkpoint: str, folder: Path) -> None:
+def write_pipeline(checkpoint: Path, folder: Path) -> None:
     """Writes our checkpoint as a DDPMPipeline's folder.
 
     Raises:

@@ -10,6 +10,7 @@ from modeling.measures.extractors import Extractor, load_inception, load_own_enc
 from modeling.measures.features import Features, extract_features
 from modeling.measures.neighbours import memorisation_ratio, nearest_neighbours, save_neighbours
 from modeling.measures.subject import Subject
+from modeling.options import REPOSITORY
 
 _SHOWN, _NEIGHBOURS = 10, 5  # samples in the picture of neighbours, and neighbours of each
 
@@ -60,7 +61,8 @@ class EncoderMeasure(DistanceMeasure):
     """Distances in the project's own features; and the nearest training images, in a picture and as a ratio."""
 
     def __init__(self, subject: Subject):
-        extractor = load_own_encoder(subject.options.encoder, subject.trained.device)
+        path = subject.options.encoder or REPOSITORY / "encoders" / "cifar10.safetensors"
+        extractor = load_own_encoder(path, subject.trained.device)
         super().__init__(subject, extractor, batch_size=250)
 
     def take(self) -> Record:

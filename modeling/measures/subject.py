@@ -11,7 +11,7 @@ from modeling.images import save_grid
 from modeling.measures.resumable import as_stored
 from modeling.measures.sample_files import read_samples, write_samples
 from modeling.measures.trained import LINEAR, TrainedModel, fit_linear, load_trained
-from modeling.options import EvaluateConfig
+from modeling.options import REPOSITORY, EvaluateConfig
 from modeling.stage import load_manifest
 from modeling.system.files import sha256_of
 
@@ -89,6 +89,11 @@ class Subject:
         return Path(self.options.out)
 
 
+def default_data(folder: Path) -> Path:
+    """A folder that the user did not name: where the user is, or else in the repository."""
+    return folder if folder.exists() else REPOSITORY / folder
+
+
 def load_subject(options: EvaluateConfig) -> Subject:
     """The model, data and samples that the options name.
 
@@ -97,9 +102,9 @@ def load_subject(options: EvaluateConfig) -> Subject:
         OSError: for a file that cannot be read.
     """
     if options.checkpoint in LINEAR:
-        data = load_data(Path("data/cifar10" if options.data is None else options.data))
+        data = load_data(default_data(Path("data/cifar10")) if options.data is None else Path(options.data))
         trained = fit_linear(options, data.train, data.identity["train_sha256"])
     else:
         trained, config = load_trained(options)
-        data = load_data(config.dataset.folder if options.data is None else Path(options.data))
+        data = load_data(default_data(config.dataset.folder) if options.data is None else Path(options.data))
     return Subject(trained, data, Samples(trained, options), options)

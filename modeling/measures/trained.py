@@ -14,7 +14,7 @@ from modeling.diffusion import DiffusionModel
 from modeling.images import to_model_range, to_uint8
 from modeling.measures.linear_denoiser import fit_linear_denoiser
 from modeling.measures.resumable import advancing, draw_in_parts
-from modeling.options import Sampling
+from modeling.options import Sampling, weights_file
 from modeling.runtime import check_finite, place
 from modeling.samplers import Sampler, sample_images
 from modeling.schedules import linear_betas, schedule_tables
@@ -97,7 +97,9 @@ def load_trained(options: Sampling) -> tuple[TrainedModel, Config]:
         FileNotFoundError: for a missing one.
         UserError: for weights that do not fit their configuration, or options that do not fit machine or model.
     """
-    path = Path(options.checkpoint)
+    path = weights_file(Path(options.checkpoint), options.weights)
+    if path.is_dir():
+        raise UserError(f"checkpoint={path}: expected a file, or a run's folder that holds weights={options.weights}")
     digest = sha256_of(path) if path.is_file() else None
     stored, weights = load_weights(path, options.weights)
     if sha256_of(path) != digest:

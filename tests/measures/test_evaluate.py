@@ -11,8 +11,10 @@ import evaluate
 from modeling.data import load_images
 from modeling.evaluation import bits_per_dim
 from modeling.heldout import denoising_loss
+from modeling.measures.subject import default_data
 from modeling.measures.trained import load_trained
 from modeling.system.files import sha256_of
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +67,15 @@ def test_samples_of_a_file_are_measured_instead_of_new_ones(measure):
     record = measure("measures=[encoder]", "samples=theirs.npz")
     assert record["encoder"]["identity"]["num_images"] == 15
     assert not Path("evaluation/samples.npz").exists()
+
+
+def test_what_a_user_does_not_name_is_the_repositorys(monkeypatch, tmp_path):
+    """From another folder; its own data comes first, where a run was trained there."""
+    monkeypatch.chdir(tmp_path)
+    assert default_data(Path("data/cifar10")) == ROOT / "data" / "cifar10"
+    Path("data/cifar10").mkdir(parents=True)
+    assert default_data(Path("data/cifar10")) == Path("data/cifar10")
+    assert default_data(tmp_path) == tmp_path
 
 
 def test_the_linear_denoiser_needs_no_checkpoint(tiny_data, compose_config, monkeypatch, tmp_path):
