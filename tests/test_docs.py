@@ -72,6 +72,15 @@ def check_overrides(script: str, *overrides: str) -> None:
         parse(compose(name, overrides=list(overrides)), schema)
 
 
+def check_sweep(script: str, *overrides: str) -> None:
+    choices = []  # the values of each key, several in a sweep
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
+        choices.append([f"{override.key_or_group}={value}" for value in values])
+    for chosen in itertools.product(*choices):
+        check_overrides(script, *chosen)
+
+
 def check_argparse(script: str, *arguments: str) -> None:
     read = argparse.ArgumentParser.parse_args
 
@@ -91,6 +100,8 @@ def check_argparse(script: str, *arguments: str) -> None:
 def check_python(script: str, *arguments: str) -> None:
     if "--help" in arguments:
         run([sys.executable, script, *arguments], cwd=ROOT, check=True, capture_output=True)
+    elif arguments[:1] == ("-m",):
+        check_sweep(script, *arguments[1:])
     elif script in SCHEMAS:
         check_overrides(script, *arguments)
     elif script in ("compare.py", "benchmark.py"):
@@ -104,14 +115,9 @@ def check_dvc(*arguments: str) -> None:
         patch.setattr(sys, "argv", ["dvc", *arguments])  # which DVC reads beside what it is given
         options = parse_args(list(arguments))
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    if unknown := [target for target in getattr(options, "targets", None) or [] if target not in stages]:
+    if unknown := set(getattr(options, "targets", None) or []) - set(stages):
         raise Wrong(f"unknown stage {unknown}")
-    choices = []  # the values of each key, several in a sweep
-    for override in OverridesParser.create().parse_overrides(getattr(options, "set_param", None) or []):
-        values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
-        choices.append([f"{override.key_or_group}={value}" for value in values])
-    for overrides in itertools.product(*choices):
-        check_overrides("main.py", *overrides)
+    check_sweep("main.py", *(getattr(options, "set_param", None) or []))
 
 
 def check_make(*arguments: str) -> None:
@@ -128,13 +134,9 @@ def check_pytest(config: pytest.Config, *arguments: str) -> None:
     check_names(" ".join(options.file_or_dir))
 
 
-def check_pip(*arguments: str) -> None:
-    check_names(" ".join(arguments))
-
-
 CHECKS: dict[str, Callable] = {
     "python": check_python, "python3": check_python, "dvc": check_dvc, "make": check_make, "pytest": check_pytest,
-    "pip": check_pip,
+    "pip": lambda *arguments: check_names(" ".join(arguments)),
 }  # fmt: skip
 
 
@@ -211,8 +213,7 @@ def problems(pytestconfig) -> Callable:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_what_a_page_says_holds(problems, page):
-    found = problems(page.read_text(), page)
-    assert not found, "\n".join(found)
+    assert problems(page.read_text(), page) == []
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,7 @@ def test_what_a_page_says_holds(problems, page):
         ("    python benchmark.py trainings", "unknown section"),
         ("    python trains.py", "unknown script trains.py"),
         ("    dvc exp run -S 'optimizer.lr=1e-3,-1'", "optimizer.lr=-1"),
+        ("    python main.py -m optimizer.lr=1e-3,-1", "optimizer.lr=-1"),
         ("    dvc exp runs", "parser error"),
         ("    dvc repro -f prepare", "unknown stage"),
         ("    make demo && make trian", "unknown target"),
@@ -245,5 +247,4 @@ def test_what_a_page_says_holds(problems, page):
     ],
 )
 def test_a_wrong_command_or_name_is_found(problems, text, message):
-    (problem,) = problems(f"A page.\n\n{text}\n")
-    assert message in problem
+    assert message in problems(f"A page.\n\n{text}\n")[0]

@@ -62,7 +62,7 @@ def test_samples_depend_on_the_batch_size_by_rounding_only(finished_run, compose
         (["checkpoint={run}/model.safetensors", "picture=path", "out=a.npz"], r"picture=path needs out=\*\.png, got a"),
         (["checkpoint={run}/model.safetensors", "weights=raw"], "holds averaged weights only"),
         (["checkpoint={run}/model.safetensors", "out={run}", "overwrite=true"], "does not hold samples"),
-        (["checkpoint={run}/model.safetensors", "out={run}/config.yaml"], "exists already"),
+        (["checkpoint={run}/model.safetensors", "out={run}/samples/inputs.png"], "exists already"),
     ],
 )
 def test_wrong_requests_are_rejected(finished_run, compose_config, monkeypatch, tmp_path, capsys, overrides, message):
