@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(f"    {text}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compose_config():
     """Composes the project's configuration with overrides, as the command line does."""
 

@@ -57,13 +57,9 @@ READABLE = {("metrics.jsonl", "cut")}  # a run that is writing it
 
 
 @pytest.fixture(scope="module")
-def config(tiny_data) -> Config:
-    from hydra import compose, initialize_config_dir
-
+def config(tiny_data, compose_config) -> Config:
     model = [f"model.{key}={TINY[key]}" for key in ("hidden_size", "multipliers", "num_blocks")]
-    data = ["dataset=shapes", f"dataset.root={tiny_data}", "dataset.num_images=64"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return parse(compose("config", overrides=[*data, *model]))
+    return parse(compose_config("dataset=shapes", f"dataset.root={tiny_data}", "dataset.num_images=64", *model))
 
 
 def run_folder(folder: Path, config: Config) -> RunFolder:

@@ -85,10 +85,8 @@ for line in sys.stdin:  # one edit a line: a file and its new text; answers with
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Path:
+def repository(tmp_path_factory, compose_config) -> Path:
     """A clone with a small configuration whose pipeline has run once."""
-    from hydra import compose, initialize_config_dir
-
     root = tmp_path_factory.mktemp("pipeline") / "repository"
     command("git", "init", "-q", str(root), cwd=ROOT)
     of_root = ("--git-dir", str(root / ".git"), "--work-tree", ".")  # which may have no Git of its own
@@ -97,9 +95,7 @@ def repository(tmp_path_factory) -> Path:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name, follow_symlinks=False)
     (root / "dvc.lock").unlink(missing_ok=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = parse(compose("config", overrides=TINY))
-    (root / "params.yaml").write_text(to_yaml(config))
+    (root / "params.yaml").write_text(to_yaml(parse(compose_config(*TINY))))
     for words in (
         ("git", "config", "user.email", "test@example.com"),
         ("git", "config", "user.name", "Test"),

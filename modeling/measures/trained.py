@@ -100,7 +100,7 @@ def load_trained(options: Sampling) -> tuple[TrainedModel, Config]:
     path = weights_file(Path(options.checkpoint), options.weights)
     if path.is_dir():
         raise UserError(f"checkpoint={path}: expected a file, or a run's folder that holds weights={options.weights}")
-    digest = sha256_of(path) if path.is_file() else None
+    digest = sha256_of(path)
     stored, weights = load_weights(path, options.weights)
     if sha256_of(path) != digest:
         raise UserError(f"checkpoint={path}: was replaced by a run while it was read: try again")

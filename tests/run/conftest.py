@@ -6,19 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 import main
-from tests.helpers import ROOT, TINY, result
+from tests.helpers import TINY, result
 from tests.run.wandb_server import KEY, FakeWandb
 
 
 @pytest.fixture(scope="session")
-def straight_folder(tiny_data, tmp_path_factory) -> Path:
+def straight_folder(tiny_data, compose_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "run"
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        values = compose("config", overrides=[*TINY, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}"])
-    main.main(values)
+    main.main(compose_config(*TINY, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}"))
     return folder
 
 
