@@ -4,25 +4,18 @@ In conf/ its name is `values_of_params_yaml`, so that a copy or a link conf/para
 """
 
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
-from yaml import YAMLError
 
-from modeling.system.errors import UserError
+from modeling.system.reading import read_yaml
 
 # The one beside this folder: DVC also runs in copies of the repository.
 _PATH = Path(__file__).resolve().parents[1] / "params.yaml"
 
 
-def _read() -> object:
-    try:
-        values = OmegaConf.load(_PATH)
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{_PATH} cannot be read: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(values):
-        raise UserError(f"{_PATH}: expected keys and values, got a list")
-    return values
+def _read() -> dict[str, Any]:
+    return read_yaml(_PATH, dict[str, Any], "mend it, or restore it")
 
 
 ConfigStore.instance().store("values_of_params_yaml", _read())

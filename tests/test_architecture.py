@@ -96,10 +96,10 @@ def test_files_are_parsed_by_the_typed_reader_only():
     parsers = re.compile(
         r"\bjson\.loads?\(|\b(np|numpy)\.load|yaml\.\w*load|OmegaConf\.load|safe_open|load_file\(|\bcsv\."
     )
-    found = {path.stem for path in [*MODULES, *SCRIPTS] if parsers.search(path.read_text())}
-    assert found == {"reading"}
+    paths = [*MODULES, *SCRIPTS, *(ROOT / "hydra_plugins").glob("*.py")]
+    assert {path.stem for path in paths if parsers.search(path.read_text())} == {"reading"}
     # Of pickles: checkpoints and other projects' weights, and CIFAR-10's own, by an unpickler that knows three names.
-    pickled = {path.stem for path in [*MODULES, *SCRIPTS] if re.search(r"torch\.load\(|Unpickler\(", path.read_text())}
+    pickled = {path.stem for path in paths if re.search(r"torch\.load\(|Unpickler\(", path.read_text())}
     assert pickled == {"checkpoint", "cifar10"}
 
 

@@ -34,7 +34,7 @@ def reading(path: str | Path, kind: str, remedy: str = "", error: type[UserError
     except Exception as problem:  # a damaged or malicious file may raise anything
         if isinstance(problem, OSError) and problem.errno is not None:
             raise OSError(problem.errno, problem.strerror, str(path)) from problem
-        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        reason = " ".join(str(problem).split())[:200] or type(problem).__name__
         if isinstance(problem, pickle.UnpicklingError):  # torch's message explains how to load it anyway
             reason = "it holds more than tensors and plain values"
         raise error(f"{path} is no {kind}, or damaged: {reason}" + (f"; {remedy}" if remedy else "")) from problem
