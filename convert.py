@@ -8,7 +8,6 @@ example a downloaded copy of `google/ddpm-cifar10-32`. The folder does not know 
 our file then has the values of params.yaml, or those given as `config.seed=1`.
 """
 
-from functools import partial
 from pathlib import Path
 
 from modeling.config import parse
@@ -17,7 +16,7 @@ from modeling.system.command_line import script
 from modeling.system.errors import UserError
 
 
-@script("convert", partial(parse, schema=ConvertConfig))
+@script("convert", ConvertConfig, parse)
 def main(options: ConvertConfig) -> None:
     checkpoint, out = weights_file(Path(options.checkpoint)), Path(options.out)
     check_out(out, options.overwrite)

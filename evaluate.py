@@ -10,15 +10,13 @@ number is written with its identity (model, data, sampler, n, extractor) to <out
 resumes after a stop; what is measured already is not measured again.
 """
 
-from functools import partial
-
 from modeling.config import parse
 from modeling.options import EvaluateConfig
 from modeling.system.command_line import script
 from modeling.system.signals import stopping_on_signals
 
 
-@script("evaluate", partial(parse, schema=EvaluateConfig))
+@script("evaluate", EvaluateConfig, parse)
 def main(options: EvaluateConfig) -> None:
     with stopping_on_signals():
         from modeling.measures.evaluation_file import FILE, describe_record

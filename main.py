@@ -19,7 +19,7 @@ from modeling.system.errors import UserError
 from modeling.system.signals import Stopped, stopping_on_signals
 
 
-@script("config", parse_stage)
+@script("config", Config, parse_stage)
 def main(config: Config) -> None:
     manifest = read_manifest(config.dataset)
     with stopping_on_signals(config.runtime.max_seconds):

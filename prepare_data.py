@@ -13,7 +13,7 @@ from modeling.system.command_line import script
 from modeling.system.signals import stopping_on_signals
 
 
-@script("config", parse_stage)
+@script("config", Config, parse_stage)
 def main(config: Config) -> None:
     dataset = config.dataset
     with stopping_on_signals():

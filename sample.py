@@ -20,7 +20,7 @@ from modeling.system.errors import UserError
 from modeling.system.signals import stopping_on_signals
 
 
-@script("sample", partial(parse, schema=SampleConfig))
+@script("sample", SampleConfig, parse)
 def main(options: SampleConfig) -> None:
     out = Path(options.out)
     check_out(out, options.overwrite)

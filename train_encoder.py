@@ -7,7 +7,6 @@
 Prints the file's SHA-256, which names the feature space, and the accuracy on the test images.
 """
 
-from functools import partial
 from pathlib import Path
 
 from modeling.config import parse
@@ -35,7 +34,7 @@ def print_controls(options: EncoderConfig) -> None:
     check_rising(distances)
 
 
-@script("encoder", partial(parse, schema=EncoderConfig))
+@script("encoder", EncoderConfig, parse)
 def main(options: EncoderConfig) -> None:
     with stopping_on_signals():
         if options.controls:

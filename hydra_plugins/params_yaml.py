@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from modeling.system.reading import read_yaml
 
 # The one beside this folder: DVC also runs in copies of the repository.
-_PATH = Path(__file__).resolve().parents[1] / "params.yaml"
+PATH = Path(__file__).resolve().parents[1] / "params.yaml"
 
-
-def _read() -> dict[str, Any]:
-    return read_yaml(_PATH, dict[str, Any], "mend it, or restore it")
-
-
-ConfigStore.instance().store("values_of_params_yaml", _read())
+VALUES = read_yaml(PATH, dict[str, Any], "mend it, or restore it")
+ConfigStore.instance().store("values_of_params_yaml", OmegaConf.create(VALUES))

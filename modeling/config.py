@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from modeling import IMAGE_SIZE
 from modeling.system.errors import UserError
-from modeling.system.overrides import nearest, override
+from modeling.system.overrides import known_keys, nearest, override
 
 SchemaType = TypeVar("SchemaType", bound=BaseModel)
 
@@ -186,21 +186,10 @@ class Config(Section):
         return self
 
 
-def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in schema.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += _known_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
-
-
 def _line(error: ErrorDetails, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key; the nearest known one is {nearest(key, _known_keys(schema))}"
+        return f"{key}: unknown key; the nearest known one is {nearest(key, [*known_keys(schema)])}"
     if error["type"] == "missing":
         return f"{key}: {_MISSING}"
     message = error["msg"].removeprefix("Value error, ")

@@ -13,13 +13,13 @@ from modeling.system.overrides import override
 from modeling.system.reading import parse_json, read_yaml, reading
 
 
-def parse_stage(values: DictConfig) -> Config:
+def parse_stage(values: DictConfig, schema: type[Config] = Config) -> Config:
     """`parse` for the scripts that are DVC stages: inside DVC they run on exactly what params.yaml says.
 
     Raises:
         UserError: also where DVC would record other values than the ones that run.
     """
-    config = parse(values)
+    config = parse(values, schema)
     if "DVC_STAGE" in os.environ:
         if (root := values.dataset.root).startswith("~"):
             raise UserError(f"dataset.root={root}: DVC does not know ~, expected the whole path, {config.dataset.root}")

@@ -95,7 +95,7 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
     ("overrides", "lines"),
     [
         (["+train.num_epoch=1"], ["train.num_epoch: unknown key; the nearest known one is train.num_epochs"]),
-        (["+optimiser.lr=1"], ["optimiser: unknown key; the nearest known one is optimizer.lr"]),
+        (["+optimiser.lr=1"], ["optimiser: unknown key; the nearest known one is optimizer"]),
         (["~train.batch_size"], ["train.batch_size: missing"]),
         (["optimizer.lr=fast"], ["optimizer.lr=fast: input should be a valid number"]),
         (["train.batch_size=1.5"], ["train.batch_size=1.5: input should be a valid integer"]),

@@ -103,7 +103,7 @@ BUG = """
 import runpy
 from modeling import stage
 
-stage.parse_stage = lambda values: {}["no such key"]
+stage.parse_stage = lambda values, schema: {}["no such key"]
 runpy.run_path("prepare_data.py", run_name="__main__")
 """
 

@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from modeling.system.errors import UserError, errors_in_one_line
-from modeling.system.overrides import assignment, nearest, override
+from modeling.system.overrides import assignment, known_keys, nearest, override
+from modeling.system.reading import read_yaml
 from modeling.system.signals import Stopped
 
 Options = TypeVar("Options")
@@ -27,7 +28,9 @@ Options = TypeVar("Options")
 CONFIGURATION = Path(__file__).resolve().parents[2] / "conf"
 
 
-def script(name: str, read: Callable[[DictConfig], Options]) -> Callable[[Callable[[Options], None]], Callable]:
+def script(
+    name: str, schema: type[Options], read: Callable[[DictConfig, type[Options]], Options]
+) -> Callable[[Callable[[Options], None]], Callable]:
     """Makes a script's `main` of a function of its options; a user's mistake then ends it with one line.
 
     `main()` runs on `sys.argv`, `main(values)` on composed values. In a sweep (`-m`) a failed run does not end the
@@ -35,7 +38,8 @@ def script(name: str, read: Callable[[DictConfig], Options]) -> Callable[[Callab
 
     Args:
         name: of its configuration, `conf/<name>.yaml`.
-        read: checks the composed values.
+        schema: of its options, a pydantic model.
+        read: checks the composed values against the schema.
     """
 
     def decorate(function: Callable[[Options], None]) -> Callable:
@@ -43,7 +47,7 @@ def script(name: str, read: Callable[[DictConfig], Options]) -> Callable[[Callab
 
         def run(values: DictConfig) -> None:
             with errors_in_one_line():
-                function(read(values))
+                function(read(values, schema))
 
         @functools.wraps(function)  # by which Hydra finds the script's name
         def job(values: DictConfig) -> None:
@@ -66,7 +70,7 @@ def script(name: str, read: Callable[[DictConfig], Options]) -> Callable[[Callab
                 try:
                     hydra.main(version_base="1.3", config_path=str(CONFIGURATION), config_name=name)(job)()
                 except (HydraException, ValueError) as error:  # Hydra raises both for a wrong argument
-                    if mistakes := list(_mistakes(name)):
+                    if mistakes := list(_mistakes(name, schema)):
                         raise UserError("\n".join(mistakes)) from error
                     if isinstance(error, HydraException):
                         reason = str(error) or str(error.__cause__)
@@ -86,17 +90,15 @@ def _with_home(word: str) -> str:
     return word if match is None else assignment(match[1], os.path.expanduser(match[2]))
 
 
-def _mistakes(name: str) -> Iterator[str]:
+def _mistakes(name: str, schema: type) -> Iterator[str]:
     """What is wrong with each argument of the command line, a line for each mistake."""
-    with hydra.initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        values: Any = OmegaConf.to_container(hydra.compose(name, return_hydra_config=True))
-    groups = [group for group in values.pop("hydra")["runtime"]["choices"] if not group.startswith("hydra/")]
-    known = {*groups, *_keys(values)}
+    defaults = read_yaml(CONFIGURATION / f"{name}.yaml", dict[str, Any])["defaults"]
+    groups = {group for entry in defaults if isinstance(entry, dict) for group in entry}
+    known = [*groups, *known_keys(schema)]
     arguments = get_args_parser().parse_args()
     for word in arguments.overrides:
         try:
-            parsed = OverridesParser.create(loader).parse_override(word)
+            parsed = OverridesParser.create().parse_override(word)
         except HydraException:
             yield _unreadable(word)
             continue
@@ -118,22 +120,14 @@ def _mistakes(name: str) -> Iterator[str]:
                 f"{word}: several values need -m, which runs one after the other; "
                 f"a list is written {shlex.quote(f'{key}=[{text}]')}, a text {override(key, text)}"
             )
-        elif key in groups:
-            options = loader.get_group_options(key)
-            for option in parsed.sweep_string_iterator() if is_sweep else [str(parsed.value())]:
-                if option not in options:
-                    yield (
-                        f"{key}={option}: unknown option; the nearest known one is {nearest(option, options)} "
-                        f"(of {', '.join(options)})"
-                    )
-
-
-def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of nested values, with those of the sections."""
-    for name, value in values.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{name}.")
+        elif key in groups and parsed.value_type != ValueType.GLOB_CHOICE_SWEEP:
+            options = sorted(path.stem for path in (CONFIGURATION / key).glob("*.yaml"))
+            chosen = parsed.sweep_string_iterator() if is_sweep else [parsed.get_value_element_as_str()]
+            for option in sorted(set(chosen) - {*options, "null"}):
+                yield (
+                    f"{key}={option}: unknown option; the nearest known one is {nearest(option, options)} "
+                    f"(of {', '.join(options)})"
+                )
 
 
 def _unreadable(word: str) -> str:

@@ -3,7 +3,8 @@
 import difflib
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import Any
 
 # Text that neither the shell nor Hydra changes, and that Hydra takes for no number.
 _PLAIN = re.compile(r"(\.{0,2}/)?[a-z_][\w./-]*", re.ASCII | re.IGNORECASE)
@@ -36,6 +37,14 @@ def assignment(key: str, value: object) -> str:
 def override(key: str, value: object) -> str:
     """`assignment` as a word of a shell's command line."""
     return shlex.quote(assignment(key, value))
+
+
+def known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a pydantic model, with those of its sections."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        if hasattr(field.annotation, "model_fields"):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
 
 
 def nearest(key: str, known: Collection[str]) -> str:

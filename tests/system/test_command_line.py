@@ -10,8 +10,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import main
 import sample
-from hydra_plugins import params_yaml
-from modeling.system.errors import UserError
 from tests.helpers import ROOT, run_script
 
 
@@ -34,10 +32,11 @@ def lines_of(monkeypatch, capsys):
     [
         (["optimizer.lrr=1"], ["optimizer.lrr: unknown key; the nearest known one is optimizer.lr"]),
         (["++train.lr=1"], ["train.lr: unknown key; the nearest known one is optimizer.lr"]),
-        (["modell=unet"], ["modell: unknown key; the nearest known one is model"]),
+        (["modelx=unet"], ["modelx: unknown key; the nearest known one is model"]),
         (["model=unett"], ["model=unett: unknown option; the nearest known one is unet"]),
         (["model=5"], ["model=5: unknown option; the nearest known one is unet"]),
         (["-m", "model=unet,unett"], ["model=unett: unknown option; the nearest known one is unet"]),
+        (["-m", "model=glob(*)", "dataset=null", "optimizer=sgdd"], ["optimizer=sgdd: unknown option"]),
         (["a.b=1", "model=x", "seed=0"], ["a.b: unknown key", "model=x: unknown option"]),
         (["+optimizer.lr=1"], ["+optimizer.lr=1: optimizer.lr is known already; leave out the +"]),
         (["+model=unet"], ["+model=unet: model is known already; leave out the +"]),
@@ -86,14 +85,15 @@ def test_the_home_folder_is_written_as_a_tilde(lines_of, monkeypatch):
 
 
 SWEEP = """
+from modeling.options import SampleConfig
 from modeling.system.command_line import script
 from modeling.system.errors import UserError
 from modeling.system.signals import Stopped
 
-def read(values):
+def read(values, schema):
     return values.seed
 
-@script("sample", read)
+@script("sample", SampleConfig, read)
 def main(seed):
     if seed == 1:
         raise UserError("seed=1: wrong")
@@ -127,24 +127,27 @@ def test_a_failed_run_does_not_end_a_sweep_but_a_signal_does(tmp_path):
 # ---- params.yaml
 
 
-def test_params_yaml_is_read_where_it_is_and_a_copy_in_conf_is_not(tmp_path):
-    """In a copy of the repository, as DVC makes them, and from another folder."""
+@pytest.fixture
+def copied(tmp_path):
+    """The main.py of a copy of the repository, as DVC makes them."""
     for name in ("modeling", "conf", "hydra_plugins"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("main.py", "params.yaml"):
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.move(tmp_path / "params.yaml", tmp_path / "conf" / "params.yaml")
-    edited = (ROOT / "params.yaml").read_text().replace("seed: 0", "seed: 5")
-    (tmp_path / "params.yaml").write_text(edited)
-    assert run_script(tmp_path / "main.py", "--cfg", "job", cwd=ROOT).stdout.strip() == edited.strip()
+    return tmp_path / "main.py"
 
 
-@pytest.mark.parametrize("content", ["- 1", "a: [", "\0", "é".encode("latin-1"), "a: 1\na: 2", None])
+def test_params_yaml_is_read_where_it_is_and_a_copy_in_conf_is_not(copied):
+    shutil.copy(copied.with_name("params.yaml"), copied.parent / "conf")
+    edited = copied.with_name("params.yaml").read_text().replace("seed: 0", "seed: 5")
+    copied.with_name("params.yaml").write_text(edited)
+    assert run_script(copied, "--cfg", "job").stdout.strip() == edited.strip()  # called from another folder
+
+
+@pytest.mark.parametrize("content", ["- 1", "a: ["])
 @pytest.mark.fault("wrong input")
-def test_a_damaged_params_yaml_is_named_in_one_line(monkeypatch, tmp_path, content):
-    path = tmp_path / "params.yaml"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    monkeypatch.setattr(params_yaml, "_PATH", path)
-    with pytest.raises((UserError, OSError), match=rf"^.*{path}.*$"):
-        params_yaml._read()
+def test_a_damaged_params_yaml_is_named_in_one_line(copied, content):
+    copied.with_name("params.yaml").write_text(content)
+    done = run_script(copied)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"{copied.with_name('params.yaml')} is no YAML of the expected form" in done.stderr

@@ -47,7 +47,7 @@ def test_a_plain_value_stays_readable():
         ("optimizer.lrr", "optimizer.lr"),
         ("train.lr", "optimizer.lr"),
         ("batch_size", "train.batch_size"),
-        ("modell", "model"),
+        ("modelx", "model"),
     ],
 )
 def test_a_wrong_key_is_near_the_one_that_is_meant(key, expected):
