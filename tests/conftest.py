@@ -1,6 +1,7 @@
 """Fixtures: a fixed seed for every test, the available devices, composed configurations, small prepared data."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def compose_config():
             return compose(name, overrides=list(overrides))
 
     return compose_with
+
+
+@pytest.fixture
+def copied_main(tmp_path) -> Path:
+    """main.py in a copy of the code, without the repository's git, DVC and data."""
+    for name in ("modeling", "conf", "hydra_plugins"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("main.py", "params.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path / "main.py"
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,8 @@ GROUPS = sorted(str(path.relative_to(ROOT / "conf").with_suffix("")) for path in
 REQUIRED = {"dataset/folder": ["dataset.pictures=pictures"]}  # what an alternative leaves to the user
 
 
-def test_params_yaml_is_canonical_so_that_dvc_and_hydra_read_the_same():
+def test_dvc_and_hydra_read_the_same_in_params_yaml():
     text = (ROOT / "params.yaml").read_text()
-    assert text == OmegaConf.to_yaml(OmegaConf.create(text))
     assert yaml.safe_load(text) == OmegaConf.to_container(OmegaConf.create(text))
 
 
@@ -95,8 +94,6 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
     ("overrides", "lines"),
     [
         (["+train.num_epoch=1"], ["train.num_epoch: unknown key; the nearest known one is train.num_epochs"]),
-        (["+optimiser.lr=1"], ["optimiser: unknown key; the nearest known one is optimizer"]),
-        (["~train.batch_size"], ["train.batch_size: missing"]),
         (["optimizer.lr=fast"], ["optimizer.lr=fast: input should be a valid number"]),
         (["train.batch_size=1.5"], ["train.batch_size=1.5: input should be a valid integer"]),
         (["train.random_flip=3"], ["train.random_flip=3: input should be a valid boolean"]),
@@ -149,11 +146,6 @@ def test_a_wrong_value_is_one_line_with_key_value_and_expectation(compose_config
     assert len(found) == len(lines)
     for line, expected in zip(found, lines, strict=True):
         assert line.startswith(expected)
-
-
-def test_a_missing_required_value_is_named(compose_config):
-    with pytest.raises(UserError, match="^checkpoint: missing, expected a value$"):
-        parse(compose_config(name="sample"), SampleConfig)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """A run repeated, or fed by other workers, is the same run to the bit; an edited comment leaves it as it is."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import ROOT, TINY, equal, result, run_script, train
+from tests.helpers import TINY, equal, result, run_script, train
 
 pytestmark = pytest.mark.numeric
 
@@ -46,15 +45,11 @@ def test_the_deterministic_mode_repeats_a_run_on_cuda_to_the_bit(tiny_data, tmp_
 
 
 @pytest.mark.slow
-def test_the_same_command_finds_its_run_after_a_comment_is_edited(tiny_data, tmp_path):
+def test_the_same_command_finds_its_run_after_a_comment_is_edited(copied_main, tiny_data, tmp_path):
     """In a copy of the code; an edit that can change the result gives another run, beside the first."""
-    for name in ("modeling", "conf", "hydra_plugins"):
-        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("main.py", "params.yaml"):
-        shutil.copy(ROOT / name, tmp_path / name)
 
     def run() -> str:
-        done = run_script(tmp_path / "main.py", *TINY, f"dataset.root={tiny_data}", cwd=tmp_path)
+        done = run_script(copied_main, *TINY, f"dataset.root={tiny_data}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -127,27 +127,17 @@ def test_a_failed_run_does_not_end_a_sweep_but_a_signal_does(tmp_path):
 # ---- params.yaml
 
 
-@pytest.fixture
-def copied(tmp_path):
-    """The main.py of a copy of the repository, as DVC makes them."""
-    for name in ("modeling", "conf", "hydra_plugins"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("main.py", "params.yaml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path / "main.py"
-
-
-def test_params_yaml_is_read_where_it_is_and_a_copy_in_conf_is_not(copied):
-    shutil.copy(copied.with_name("params.yaml"), copied.parent / "conf")
-    edited = copied.with_name("params.yaml").read_text().replace("seed: 0", "seed: 5")
-    copied.with_name("params.yaml").write_text(edited)
-    assert run_script(copied, "--cfg", "job").stdout.strip() == edited.strip()  # called from another folder
+def test_params_yaml_is_read_where_it_is_and_a_copy_in_conf_is_not(copied_main):
+    shutil.copy(copied_main.with_name("params.yaml"), copied_main.parent / "conf")
+    edited = copied_main.with_name("params.yaml").read_text().replace("seed: 0", "seed: 5")
+    copied_main.with_name("params.yaml").write_text(edited)
+    assert run_script(copied_main, "--cfg", "job").stdout.strip() == edited.strip()  # called from another folder
 
 
 @pytest.mark.parametrize("content", ["- 1", "a: ["])
 @pytest.mark.fault("wrong input")
-def test_a_damaged_params_yaml_is_named_in_one_line(copied, content):
-    copied.with_name("params.yaml").write_text(content)
-    done = run_script(copied)
+def test_a_damaged_params_yaml_is_named_in_one_line(copied_main, content):
+    copied_main.with_name("params.yaml").write_text(content)
+    done = run_script(copied_main)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert f"{copied.with_name('params.yaml')} is no YAML of the expected form" in done.stderr
+    assert f"{copied_main.with_name('params.yaml')} is no YAML of the expected form" in done.stderr
