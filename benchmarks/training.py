@@ -140,7 +140,7 @@ def our_loading(overrides: list[str], batch_size: int) -> Contender:
     config = compose([*overrides, f"train.batch_size={batch_size}"])
     images = _training_images(config)
     device, _ = build.build_runtime(config.runtime)
-    loader = iter(build.build_batches(config, images, device).loader(range(10**9), device=device))
+    loader = build.build_batches(config, images, device).loader(range(10**9), device=device)
 
     def run(num_steps: int) -> None:
         for _ in range(num_steps):

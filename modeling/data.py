@@ -1,9 +1,11 @@
 """Prepared uint8 arrays become training batches; a batch is a function of (seed, step)."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -11,13 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 from modeling.seeding import Purpose, draw_integers, draw_permutation
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
-from modeling.system.reading import read_array
 
 if TYPE_CHECKING:  # its module imports OmegaConf, which training does not need
     from modeling.stage import Manifest
 
-
-WORKER_SECONDS = 300  # a batch takes milliseconds; a worker without shared memory may wait for ever
+WAIT_SECONDS, MAX_WAITS = 5, 60  # for a batch of the loader workers, which takes milliseconds
 
 
 class Batches(Dataset):
@@ -65,20 +65,34 @@ class Batches(Dataset):
         """Yields the batches of these steps, in this order, pinned for the copy to a CUDA device.
 
         Raises:
-            UserError: when a worker process ends, or makes no batch within five minutes.
+            UserError: when loader workers die or deliver nothing for minutes, as they do without shared memory.
         """
         pin_memory = torch.device(device).type == "cuda" and self.images.device.type == "cpu"
-        timeout = WORKER_SECONDS if num_workers else 0
-        options = {"num_workers": num_workers, "timeout": timeout, "pin_memory": pin_memory}
-        try:
-            yield from DataLoader(self, batch_size=None, sampler=steps, **options)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader"):  # raised by a worker's own code
-                raise
-            raise UserError(
-                f"{str(error).splitlines()[0]}: where shared memory is scarce (docker: --shm-size=1g gives more), set "
-                "runtime.num_workers=0, which is as fast for images this small"
-            ) from error
+        timeout = WAIT_SECONDS if num_workers else 0
+        loader = DataLoader(
+            self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory, timeout=timeout
+        )
+        batches, num_waits = iter(loader), 0
+        if num_workers:  # torch's handler would raise wherever we are when a worker dies; a wait finds it, too
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, EOFError, ConnectionError) as error:
+                if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
+                    raise
+                is_late, num_waits = "timed out" in str(error), num_waits + 1
+                if is_late and num_waits < MAX_WAITS:  # many short waits: one is over at once after a suspension
+                    continue
+                what = f"delivered nothing for {MAX_WAITS * WAIT_SECONDS:g} s" if is_late else "died"
+                raise UserError(
+                    f"the loader workers {what}, probably for lack of shared memory: give the container more "
+                    "(docker run --shm-size=1g), or set runtime.num_workers=0"
+                ) from error
+            num_waits = 0
+            yield batch
 
 
 def load_images(folder: str | Path, split: str, manifest: "Manifest") -> Tensor:

@@ -96,3 +96,42 @@ def test_loading_verifies_the_bytes(tmp_path, tiny_data):
     np.save(tmp_path / "train.npy", np.zeros((64, 3, 32, 32), np.uint8))
     with pytest.raises(ValueError, match="not what was prepared"):
         load_images(tmp_path, "train", manifest)
+
+
+class Stuck(Batches):
+    """Its workers take a second for step 2; for step 4 they wait for ever, or are killed."""
+
+    is_killed = False
+
+    def __getitem__(self, step):
+        if step == 4 and self.is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep({2: 1, 4: 100}.get(step, 0))
+        return super().__getitem__(step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("is_killed", "reason"), [(True, "died"), (False, "delivered nothing for 2 s")])
+@pytest.mark.fault("loader workers")
+def test_workers_that_deliver_nothing_end_in_an_error_with_the_remedy(monkeypatch, is_killed, reason):
+    monkeypatch.setattr(data, "WAIT_SECONDS", 0.4)
+    monkeypatch.setattr(data, "MAX_WAITS", 5)
+    batches = Stuck(NUMBERED, 8, seed=0)
+    batches.is_killed = is_killed
+    delivered = []
+    with pytest.raises(
+        UserError, match=rf"^the loader workers {reason}, .*docker run --shm-size=1g.*runtime\.num_workers=0"
+    ):
+        delivered.extend(batches.loader(range(6), 1))
+    # Step 2 came after two waits, as after a suspension: no error.
+    assert len(delivered) == 4 or (is_killed and len(delivered) == 3)  # the last one may die with the worker
+    assert all(map(torch.equal, delivered, map(Batches(NUMBERED, 8, seed=0).__getitem__, range(4))))
+
+
+def test_an_error_of_a_batch_passes_unchanged(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Batches, "__getitem__", fail)
+    with pytest.raises(RuntimeError, match="^a bug$"):
+        next(Batches(NUMBERED, 8, seed=0).loader(range(6)))
