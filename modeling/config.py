@@ -23,6 +23,7 @@ SchemaType = TypeVar("SchemaType", bound=BaseModel)
 PositiveInt = Annotated[int, Field(gt=0)]
 HiddenSize = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]  # 30 years; the system's timers end somewhere above
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # `~` is the home folder
 
@@ -154,8 +155,8 @@ class Runtime(Machine):
     num_workers: Annotated[int, Field(ge=0, le=64)]
     output_dir: PathText | None  # the run's folder; null: runs/<readable name>-<hash>
     resume: PathText  # auto: from the folder's newest checkpoint; never: from zero; or a checkpoint to start from
-    max_seconds: PositiveFloat | None  # then the run saves its state and ends, to be continued by the same command
-    checkpoint_seconds: PositiveFloat | None  # saves after so long even if checkpoint_every is not reached
+    max_seconds: Seconds | None  # then the run saves its state and ends, to be continued by the same command
+    checkpoint_seconds: Seconds | None  # saves after so long even if checkpoint_every is not reached
     keep_checkpoints: PositiveInt  # the newest ones
 
 

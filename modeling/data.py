@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from modeling.seeding import Purpose, draw_integers, draw_permutation
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
+from modeling.system.reading import read_array
 
 if TYPE_CHECKING:  # its module imports OmegaConf, which training does not need
     from modeling.stage import Manifest

@@ -46,32 +46,6 @@ def test_any_number_of_workers_gives_the_same_batches(start):
     assert torch.equal(results[0], results[2])
 
 
-class Stuck(Batches):
-    """Its workers make no batch: they wait for ever, or are killed as by a bus error."""
-
-    def __getitem__(self, step):
-        if self.seed == 0:
-            time.sleep(100)
-        os.kill(os.getpid(), signal.SIGBUS)
-
-
-@pytest.mark.slow
-@pytest.mark.fault("loader worker")
-@pytest.mark.parametrize(("seed", "reason"), [(0, "timed out after 1 seconds"), (1, "(exited unexpectedly|Bus error)")])
-def test_workers_that_make_no_batch_are_an_error_that_names_the_remedy(monkeypatch, seed, reason):
-    monkeypatch.setattr(data, "WORKER_SECONDS", 1)
-    with pytest.raises(UserError, match=rf"{reason}.*--shm-size=1g.*runtime\.num_workers=0"):
-        next(Stuck(NUMBERED, 8, seed).loader(range(9), num_workers=1))
-
-
-@pytest.mark.slow
-def test_an_error_in_a_workers_code_keeps_its_kind():
-    broken = Batches(NUMBERED, 8, seed=0)
-    del broken.images
-    with pytest.raises(AttributeError, match="images"):
-        next(broken.loader(range(9), num_workers=1))
-
-
 def test_flips_mirror_half_of_the_images_and_leave_the_rest():
     images = random_images(2000, 3, 4, 4)
     plain, flipped = Batches(images, 2000, seed=0)[0], Batches(images, 2000, seed=0, random_flip=True)[0]
