@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from modeling.seeding import Purpose, draw_integers, draw_permutation
 from modeling.system.errors import UserError
-from modeling.system.files import sha256_of
+from modeling.system.files import naming, sha256_of
 from modeling.system.reading import read_array
 
 if TYPE_CHECKING:  # its module imports OmegaConf, which training does not need
@@ -72,7 +72,8 @@ class Batches(Dataset):
         loader = DataLoader(
             self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory, timeout=timeout
         )
-        batches, num_waits = iter(loader), 0
+        with naming(f"runtime.num_workers={num_workers}"):  # no room for a semaphore, or no further process
+            batches, num_waits = iter(loader), 0
         if num_workers:  # torch's handler would raise wherever we are when a worker dies; a wait finds it, too
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while True:
