@@ -17,7 +17,7 @@ from benchmarks.sections import SECTIONS
 from benchmarks.start import measure_start
 from benchmarks.turns import measure
 from modeling.system.errors import errors_in_one_line
-from modeling.system.files import write_atomically, write_json
+from modeling.system.files import check_writable, write_atomically, write_json
 
 
 def measured_tables(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
@@ -45,6 +45,8 @@ def main() -> None:
         parser.error("--rounds and --seconds must be positive")
     tables, environment, report = {}, describe_machine(), "nothing was measured"
     with errors_in_one_line():
+        check_writable(options.out.with_suffix(".json"))
+        check_writable(options.out.with_suffix(".md"))
         for title, rows in measured_tables(options):
             tables[title] = rows
             report = to_markdown(tables, environment)  # after each table: the next one may run out of memory

@@ -20,6 +20,7 @@ from modeling.comparison.curves import read_run
 from modeling.comparison.references import choose_reference, command_of, load_references, make_reference, save_reference
 from modeling.comparison.report import describe, judge, plot
 from modeling.system.errors import errors_in_one_line
+from modeling.system.files import check_writable
 from modeling.system.reading import read_yaml
 
 ROOT = Path(__file__).parent
@@ -41,6 +42,8 @@ def main() -> int:
     if options.plot and options.plot.suffix != ".png":
         parser.error(f"--plot {options.plot}: expected a name that ends with .png")
     with errors_in_one_line(exit_code=2):
+        if options.plot:
+            check_writable(options.plot)
         run = read_run(options.run)
         if options.save:
             command = options.command or command_of(run.config, read_yaml(ROOT / "params.yaml", dict))

@@ -19,7 +19,7 @@ from modeling.system.errors import UserError
 @script("convert", ConvertConfig, parse)
 def main(options: ConvertConfig) -> None:
     checkpoint, out = weights_file(Path(options.checkpoint)), Path(options.out)
-    check_out(out, options.overwrite)
+    check_out(out, options.overwrite, is_folder=not checkpoint.is_dir())
     if checkpoint.is_dir() and (out.suffix != ".safetensors" or out.is_dir()):
         raise UserError(f"out={out}: must name a file *.safetensors, because checkpoint={checkpoint} is a folder")
     if not checkpoint.is_dir() and (out.is_file() or out.suffix in (".safetensors", ".pt")):

@@ -10,14 +10,18 @@ number is written with its identity (model, data, sampler, n, extractor) to <out
 resumes after a stop; what is measured already is not measured again.
 """
 
+from pathlib import Path
+
 from modeling.config import parse
 from modeling.options import EvaluateConfig
 from modeling.system.command_line import script
+from modeling.system.files import check_writable
 from modeling.system.signals import stopping_on_signals
 
 
 @script("evaluate", EvaluateConfig, parse)
 def main(options: EvaluateConfig) -> None:
+    check_writable(Path(options.out) / "evaluation.json")
     with stopping_on_signals():
         from modeling.measures.evaluation_file import FILE, describe_record
         from modeling.measures.plan import take_measures

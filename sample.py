@@ -17,13 +17,16 @@ from modeling.config import parse
 from modeling.options import SampleConfig, check_out
 from modeling.system.command_line import script
 from modeling.system.errors import UserError
+from modeling.system.files import check_writable
 from modeling.system.signals import stopping_on_signals
 
 
 @script("sample", SampleConfig, parse)
 def main(options: SampleConfig) -> None:
     out = Path(options.out)
-    check_out(out, options.overwrite)
+    check_out(out, options.overwrite, is_folder=out.suffix not in (".png", ".npz"))
+    parts = out.with_name(f"{out.name}.partial")
+    check_writable(parts, is_folder=True)
     if out.is_dir() and not (out / "identity.json").exists():
         raise UserError(f"out={out}: this folder does not hold samples, so it is not replaced")
     with stopping_on_signals():
@@ -35,7 +38,6 @@ def main(options: SampleConfig) -> None:
 
         trained, _ = load_trained(options)
         if options.picture == "grid":
-            parts = out.with_name(f"{out.name}.partial")
             write_samples(trained.draw(parts), trained.samples_identity, out)
             shutil.rmtree(parts)
         else:

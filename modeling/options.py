@@ -7,18 +7,21 @@ from pydantic import Field, model_validator
 
 from modeling.config import Config, HiddenSize, Machine, PathText, PositiveFloat, PositiveInt, Section, Text
 from modeling.system.errors import UserError
+from modeling.system.files import check_writable
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # where the files that a script takes by default are
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Rejects an output that exists, unless it may be replaced.
+def check_out(out: Path, overwrite: bool, *, is_folder: bool = False) -> None:
+    """Rejects an output that exists, unless it may be replaced, and one that cannot be written.
 
     Raises:
         UserError: with the remedy.
+        OSError: as `check_writable`.
     """
     if out.exists() and not overwrite:
         raise UserError(f"out={out}: exists already; name another one or set overwrite=true")
+    check_writable(out, is_folder=is_folder)
 
 
 def weights_file(checkpoint: Path, weights: str = "ema") -> Path:

@@ -220,17 +220,20 @@ def inject(monkeypatch, call: str, code: str) -> None:
     def fail(*args, **kwargs):
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
-    if call == "write":
-        opened = os.fdopen
+    opened = Path.open
 
-        def open_and_fail(*args, **kwargs):
-            file = opened(*args, **kwargs)
-            return type("Full", (), {"write": fail, "fileno": file.fileno, "__enter__": lambda self: self,
-                                     "__exit__": lambda self, *error: file.close()})()  # fmt: skip
+    def open_new(path, mode="r", **options):
+        if mode == "xb" and call == "open":
+            fail()
+        file = opened(path, mode, **options)
+        if mode == "xb":
+            file.write = fail
+        return file
 
-        monkeypatch.setattr("os.fdopen", open_and_fail)
+    if call in ("open", "write"):
+        monkeypatch.setattr(Path, "open", open_new)
     else:
-        monkeypatch.setattr("tempfile.mkstemp" if call == "mkstemp" else f"os.{call}", fail)
+        monkeypatch.setattr(f"os.{call}", fail)
 
 
 class Payload:

@@ -16,7 +16,7 @@ from benchmarks.worker import busy_processes, timed
 from modeling.build import build_batches
 from modeling.data import load_images
 from modeling.stage import read_manifest
-from tests.helpers import ROOT, TINY, equal
+from tests.helpers import ROOT, TINY, ends_in_error, equal
 
 
 @pytest.fixture
@@ -124,6 +124,13 @@ def test_the_command_writes_tables_and_their_numbers(tmp_path):
         assert row["memory_bytes"] > 1e8
     assert out.with_suffix(".md").read_text() in done.stdout
     assert "100 %" in done.stdout  # the fastest is the peak
+
+
+@pytest.mark.fault("disk")
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "peaks", "--out", "/dev/null/x"])
+    with ends_in_error(capsys, r"^/dev/null/x\.json: Not a directory\n$"):
+        benchmark.main()
 
 
 @pytest.mark.parametrize("arguments", [["sampeling"], ["--rounds", "0"], ["--seconds", "-1"]])

@@ -63,6 +63,7 @@ def test_samples_depend_on_the_batch_size_by_rounding_only(finished_run, compose
         (["checkpoint={run}/model.safetensors", "weights=raw"], "holds averaged weights only"),
         (["checkpoint={run}/model.safetensors", "out={run}", "overwrite=true"], "does not hold samples"),
         (["checkpoint={run}/model.safetensors", "out={run}/samples/inputs.png"], "exists already"),
+        (["checkpoint=nowhere.pt", "out={run}/config.yaml/a.png"], r"^\S+/config.yaml/a.png: Not a directory\n$"),
     ],
 )
 def test_wrong_requests_are_rejected(finished_run, compose_config, monkeypatch, tmp_path, capsys, overrides, message):

@@ -63,6 +63,11 @@ def test_the_metrics_hold_losses_and_identity(finished_run, tiny_data):
         (["main.py", "dataset=shapes", "dataset.root=nowhere"], "run `python prepare_data.py dataset=shapes"),
         (["prepare_data.py", "seed=x"], "seed=x: input should be a valid integer"),
         (["sample.py"], "checkpoint: missing, expected a value"),
+        (["main.py", "runtime.max_seconds=1e10"], "runtime.max_seconds=10000000000.0: input should be less than"),
+        (["sample.py", "checkpoint=x.pt", "out=/dev/null/x.png"], "/dev/null/x.png: Not a directory"),
+        (["evaluate.py", "checkpoint=linear", "out=/dev/null/x"], "/dev/null/x/evaluation.json: Not a directory"),
+        (["convert.py", "checkpoint=x.pt", "out=/dev/null/x"], "/dev/null/x: Not a directory"),
+        (["train_encoder.py", "out=/dev/null/x.safetensors"], "/dev/null/x.safetensors: Not a directory"),
     ],
 )
 @pytest.mark.fault("wrong input")

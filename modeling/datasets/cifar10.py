@@ -18,7 +18,7 @@ import numpy as np
 from numpy._core.multiarray import _reconstruct  # pyright: ignore[reportAttributeAccessIssue]  # stubs lack it
 
 from modeling.system.errors import UserError
-from modeling.system.files import locked
+from modeling.system.files import fsync, locked
 from modeling.system.progress import progress_bar
 
 MEMBER_SHA256 = {
@@ -149,7 +149,7 @@ def _download_one(url: str, part: Path) -> None:
         if total is not None and file.tell() != total:
             raise OSError(f"the connection ended after {file.tell()} of {total} bytes")
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
 
 
 def load_cifar10(archive: Path, urls: Sequence[str]) -> tuple[Split, Split]:

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from modeling.config import Config
 from modeling.run.wandb_tracker import WandbTracker
-from modeling.system.files import sync, write_atomically
+from modeling.system.files import naming, sync, write_atomically
 from modeling.system.reading import read_json_lines
 
 
@@ -58,7 +58,7 @@ class JsonLines:
             self._write()
             return
         self.rows.append({"step": step, **metrics})
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
 
 
@@ -93,7 +93,8 @@ class Tracker:
 
     def sync(self) -> None:
         """Makes the lines so far survive a power failure."""
-        sync(self.lines.path)
+        with naming(self.lines.path):
+            sync(self.lines.path)
 
     def finish(self, is_complete: bool) -> None:
         """Ends the records; `is_complete` says whether the run has reached its end."""

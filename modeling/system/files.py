@@ -7,19 +7,47 @@ import hashlib
 import io
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from modeling.system.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _PARTIAL = ".partial"
 
 
 class LockedError(UserError):
     """Another process holds the lock; the message names that process."""
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Makes an error of the disk inside name `path`, whatever it named before, if anything."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path, content: bytes | memoryview) -> Iterator[Path]:
+    """A new file beside `path` with this content, on the disk; at the end it is removed, if it is still there."""
+    with naming(path):
+        if not path.parent.exists():  # else a file there would be "File exists"
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(
@@ -34,24 +62,30 @@ def write_atomically(
         OSError: when the disk fails, naming `path`; the temporary file is removed.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would lock out a shared folder's other readers
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if check is not None:
-                check(Path(temporary))
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    with _written_beside(path, content) as temporary:
+        if check is not None:
+            check(temporary)
+        os.replace(temporary, path)
         sync(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def check_writable(path: Path, *, is_folder: bool = False) -> None:
+    """Finds before the work that its output could not be written after it.
+
+    Args:
+        is_folder: a folder will be made, or replaced, at `path`; else a file.
+
+    Raises:
+        UserError: if a folder is where the file will be, or the reverse.
+        OSError: when a file cannot be written in its folder, or in the nearest one that exists, naming `path`.
+    """
+    with naming(path):
+        if path.exists() and path.is_dir() != is_folder:
+            found, wanted = ("file", "folder") if is_folder else ("folder", "file")
+            raise UserError(f"{path}: is a {found}, and a {wanted} is to be written: name another one or remove it")
+        nearest = next(parent for parent in path.absolute().parents if parent.exists())
+        with _written_beside(nearest / path.name, b"\0"):
+            pass
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -64,18 +98,29 @@ def write_json(path: str | Path, content: object) -> None:
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
+def npy_bytes(array: "np.ndarray") -> bytes:
     """An array as the content of a .npy file."""
+    import numpy as np  # here, because scripts check their outputs with this module before anything heavy is imported
+
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
+
+
+def fsync(handle: int) -> None:
+    """`os.fsync` where the file system has it; network and FUSE mounts may lack it, for folders above all."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def sync(path: Path) -> None:
     """Makes a file's content, or a folder's names, survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        fsync(handle)
     finally:
         os.close(handle)
 

@@ -101,3 +101,7 @@ def test_a_real_run_becomes_a_reference_and_is_on_track(tiny, command, tmp_path)
     assert "step 40 of 40 (100%), 640 images, finished" in text
     assert "differences  none" in text
     assert "20 of 20 windows in the band" in text
+
+
+def test_a_plot_that_cannot_be_written_is_found_before_the_comparison(tmp_path, command):
+    assert command(tmp_path / "nowhere", "--plot", "/dev/null/x.png") == (2, "/dev/null/x.png: Not a directory\n")

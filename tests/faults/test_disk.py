@@ -63,7 +63,7 @@ WRITES = {  # whose file -> the end of its path
     "a table": "loss.csv",
     "metrics.json": "metrics.json",
 }
-REFUSALS = {"write": "ENOSPC", "fsync": "EIO", "replace": "EACCES", "mkstemp": "EROFS"}
+REFUSALS = {"write": "ENOSPC", "fsync": "EIO", "replace": "EACCES", "open": "EROFS"}
 
 
 @pytest.mark.slow

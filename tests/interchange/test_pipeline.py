@@ -158,7 +158,7 @@ def test_an_existing_output_is_not_overwritten_unasked(exported, call, error_of,
     ):
         assert message in error_of(f"checkpoint={checkpoint}", f"out={out}")
     error = error_of("checkpoint=model.safetensors", "out=model.safetensors", "overwrite=true")
-    assert "must name a folder, because checkpoint=model.safetensors is not one" in error
+    assert "model.safetensors: is a file, and a folder is to be written" in error
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     call("checkpoint=model.safetensors", "out=exported", "overwrite=true")
     call("checkpoint=exported", "out=model.safetensors", "overwrite=true")

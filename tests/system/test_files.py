@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from modeling.system.files import LockedError, locked, remove_partial_files, write_atomically
+from modeling.system.errors import UserError
+from modeling.system.files import LockedError, check_writable, locked, remove_partial_files, write_atomically
 from tests.helpers import ROOT, inject
 
-FAULTS = {"write": "ENOSPC", "fsync": "EIO", "replace": "EACCES", "mkstemp": "EROFS"}
+FAULTS = {"write": "ENOSPC", "fsync": "EIO", "replace": "EACCES", "open": "EROFS"}
 
 
 @pytest.mark.parametrize("call", FAULTS)
@@ -48,6 +49,7 @@ def test_a_file_is_checked_before_it_takes_its_place(tmp_path):
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     code = """
 import os, sys
+from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
 write_atomically(sys.argv[1], b"x", check=lambda path: os.kill(os.getpid(), 9))
 """
@@ -63,6 +65,7 @@ write_atomically(sys.argv[1], b"x", check=lambda path: os.kill(os.getpid(), 9))
 HOLDER = """
 import os, sys, time
 from pathlib import Path
+from modeling.system.errors import UserError
 from modeling.system.files import locked
 with locked(Path(sys.argv[1])):
     if sys.argv[2] == "fork" and os.fork() == 0:
@@ -110,3 +113,48 @@ def test_an_error_of_locking_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="lock") as caught, locked(tmp_path / "lock"):
         pass
     assert caught.value.filename == str(tmp_path / "lock")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "a.txt", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "ENOTSUP", "ENOSYS"])
+@pytest.mark.fault("file system")
+def test_a_file_system_without_fsync_is_no_failure(tmp_path, monkeypatch, code):
+    inject(monkeypatch, "fsync", code)
+    write_atomically(tmp_path / "a.txt", b"x")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"x"]
+
+
+@pytest.mark.fault("file system")
+def test_a_file_system_without_modes_is_no_failure(tmp_path, monkeypatch):
+    for name in ("chmod", "fchmod"):
+        inject(monkeypatch, name, "EPERM")
+    write_atomically(tmp_path / "a.txt", b"x")
+    assert (tmp_path / "a.txt").read_bytes() == b"x"
+
+
+@pytest.mark.fault("disk")
+def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError) as caught:
+        check_writable(tmp_path / "file" / "x.png")
+    assert caught.value.filename == str(tmp_path / "file" / "x.png")
+    with pytest.raises(UserError, match=r"file: is a file, and a folder is to be written"):
+        check_writable(tmp_path / "file", is_folder=True)
+    with pytest.raises(UserError, match=r": is a folder, and a file is to be written"):
+        check_writable(tmp_path)
+    for call in ("open", "write", "fsync"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
+            inject(patch, call, "ENOSPC")
+            check_writable(tmp_path / "new" / "x.png")
+        assert caught.value.filename == str(tmp_path / "new" / "x.png")
+    check_writable(tmp_path / "new" / "x.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
