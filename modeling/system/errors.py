@@ -17,12 +17,12 @@ def errors_in_one_line(exit_code: int = 1) -> Iterator[None]:
     try:
         prepare_process()
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what Python cannot write at its exit is no error of one line
     except (UserError, FloatingPointError) as error:
         message = str(error)
     except OSError as error:
-        # Only writing to a stream fails without a file's name.
-        place = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else None)
-        message = f"{place}: {error.strerror}" if place and error.strerror else str(error)
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     else:
         return
     print(message, file=sys.stderr)

@@ -8,6 +8,7 @@ import sys
 # How often a thread looks for the others before it sleeps: for about 0.2 ms instead of 3 ms. Beside other processes a
 # waiting thread then leaves its CPU to them, and gets it back; alone nothing is lost (docs/speed.md).
 SPIN_COUNT = "20000"
+_NAMES = {1: "standard output", 2: "standard error"}
 
 
 def prepare_process() -> None:
@@ -34,17 +35,24 @@ def prepare_process() -> None:
 class _Lasting(io.FileIO):
     """A stream that may be written to when nobody reads it any more: `| head` has ended, or the terminal is closed."""
 
+    def __init__(self, descriptor: int):
+        super().__init__(descriptor, "w", closefd=False)
+        self._without_reader = {errno.EPIPE, errno.EIO} if self.isatty() else {errno.EPIPE}
+
     def write(self, data, /):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # also for what libraries, child processes and Python's exit write
+            os.close(nowhere)
+            if error.errno not in self._without_reader:
+                raise OSError(error.errno, error.strerror, _NAMES[self.fileno()]) from error
             return memoryview(data).nbytes
 
 
 def _lasting(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWrapper:
-    buffer = io.BufferedWriter(_Lasting(descriptor, "w", closefd=False))
+    buffer = io.BufferedWriter(_Lasting(descriptor))
     if stream is None:
         return io.TextIOWrapper(buffer, encoding="utf-8")
     stream.flush()

@@ -31,10 +31,13 @@ class _Lines:
 
 
 def progress_bar(iterable=None, **options) -> tqdm:
-    """tqdm on stderr, if there is one: redrawn in place on a terminal, else one line every 10 s (and a last one)."""
-    if sys.stderr is None:  # of a program without streams that calls the library
+    """tqdm on stderr: redrawn in place on a terminal, one line every 10 s (and a last one) elsewhere.
+
+    Without a stderr, or with one that is no whole stream, it shows nothing.
+    """
+    if not hasattr(sys.stderr, "isatty"):
         return tqdm(iterable, disable=True, **options)
-    if hasattr(sys.stderr, "isatty") and sys.stderr.isatty():  # what replaces it may lack the method
+    if sys.stderr.isatty():
         return tqdm(iterable, dynamic_ncols=True, **options)
     options |= {"leave": True, "position": 0}  # lines: nothing to erase, no cursor to move
     return tqdm(iterable, file=_Lines(sys.stderr), mininterval=LOG_INTERVAL_SECONDS, ncols=110, **options)

@@ -134,17 +134,3 @@ def test_a_time_limit_ends_with_zero_until_the_run_is_finished(tmp_path, tiny_da
         assert "metrics " in output or "stopped by the time limit of 8 s: saved at step" in output
     assert equal(result(tmp_path / "run"), straight)
     record_property("outcome", f"{num_jobs} jobs of 8 s, all ended with 0; result equal to the uninterrupted one")
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.fault("reader of the log")
-def test_training_goes_on_when_the_reader_of_its_log_ends(tmp_path, tiny_data, straight, record_property):
-    options = *LONG, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"
-    with start_script("main.py", *options) as process:
-        wait_for(process, "model ")
-        assert process.stdout is not None
-        process.stdout.close()
-        assert process.wait(60) == 0
-    assert equal(result(tmp_path / "run"), straight)
-    record_property("outcome", "exit code 0; result equal to the uninterrupted one")

@@ -1,5 +1,6 @@
 """A script's process: streams that outlive their readers or were never open, POSIX, threads that share CPUs."""
 
+import io
 import os
 import pty
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from modeling.system.process import SPIN_COUNT, prepare_process
+from modeling.system.progress import progress_bar
 from tests.helpers import ROOT
 
 WORK = """
@@ -31,7 +33,7 @@ def start(tmp_path, **streams) -> subprocess.Popen:
     )
 
 
-@pytest.mark.fault("reader of the log")
+@pytest.mark.fault("nobody reads")
 def test_work_goes_on_when_the_reader_of_its_output_ends(tmp_path):
     with start(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout.readline()
@@ -40,7 +42,7 @@ def test_work_goes_on_when_the_reader_of_its_output_ends(tmp_path):
     assert (tmp_path / "done").exists()
 
 
-@pytest.mark.fault("reader of the log")
+@pytest.mark.fault("nobody reads")
 def test_work_goes_on_when_its_terminal_is_closed(tmp_path):
     terminal, end = pty.openpty()
     with start(tmp_path, stdin=end, stdout=end, stderr=end) as process:
@@ -51,7 +53,7 @@ def test_work_goes_on_when_its_terminal_is_closed(tmp_path):
     assert (tmp_path / "done").exists()
 
 
-@pytest.mark.fault("reader of the log")
+@pytest.mark.fault("nobody reads")
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_error_and_no_file_takes_their_place(tmp_path, closed):
     command = f'exec "$0" "$@" {closed}'
@@ -60,6 +62,38 @@ def test_closed_streams_are_no_error_and_no_file_takes_their_place(tmp_path, clo
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.fault("nobody reads")
+def test_a_full_disk_under_the_log_is_an_error_that_names_the_stream(tmp_path):
+    with open("/dev/full", "w") as full, start(tmp_path, stdout=full, stderr=subprocess.PIPE) as process:
+        *_, last = process.stderr.read().splitlines()
+    assert process.returncode == 1
+    assert last == b"standard output: No space left on device"
+
+
+def test_a_full_disk_under_the_last_line_is_an_error_too(tmp_path):
+    code = "from modeling.system.errors import errors_in_one_line\nwith errors_in_one_line():\n    print('done')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("stream", [None, type("Interceptor", (), {"write": print, "flush": print})()])
+def test_a_bar_without_a_whole_stderr_shows_nothing(monkeypatch, capsys, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar(range(3), desc="x") as bar:
+        assert list(bar) == [0, 1, 2]
+        bar.set_postfix_str("y", refresh=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_streams_that_another_program_has_put_there_stay(monkeypatch):
+    theirs = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", theirs)
+    prepare_process()
+    assert sys.stdout is theirs
+
+
+@pytest.mark.fault("system")
 def test_a_system_without_posix_locks_ends_in_one_line():
     code = "import sys; sys.modules['fcntl'] = None\n" + WORK
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
