@@ -20,7 +20,7 @@ from modeling.comparison.curves import read_run
 from modeling.comparison.references import choose_reference, command_of, load_references, make_reference, save_reference
 from modeling.comparison.report import describe, judge, plot
 from modeling.system.errors import errors_in_one_line
-from modeling.system.files import check_writable
+from modeling.system.files import check_writable, naming
 from modeling.system.reading import read_yaml
 
 ROOT = Path(__file__).parent
@@ -54,7 +54,8 @@ def main() -> int:
         comparison = compare(run, *choose_reference(references, run.config, options.reference))
         print(describe(comparison))
         if options.plot:
-            plot(comparison, options.plot)
+            with naming(options.plot):
+                plot(comparison, options.plot)
             print(f"\n{options.plot}")
         is_on_track, verdict = judge(comparison)
         print(f"\n{verdict}")

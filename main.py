@@ -16,6 +16,7 @@ from modeling.config import Config
 from modeling.stage import parse_stage, read_manifest
 from modeling.system.command_line import script
 from modeling.system.errors import UserError
+from modeling.system.files import check_writable
 from modeling.system.signals import Stopped, stopping_on_signals
 
 
@@ -27,6 +28,8 @@ def main(config: Config) -> None:
         from modeling.run.session import publish, train
 
         is_stage = "DVC_STAGE" in os.environ
+        if is_stage:
+            check_writable(Path("outputs/metrics.json"))
         try:
             folder = train(config, manifest, replace=is_stage)
             if is_stage:

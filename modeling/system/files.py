@@ -152,9 +152,10 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
                 raise OSError(error.errno, error.strerror, str(path)) from error
             file.seek(0)
             raise LockedError(f"process {file.read().strip() or 'unknown'} is working there") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with naming(path):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         yield
 
 
