@@ -13,7 +13,7 @@ from modeling.config import Dataset
 from modeling.datasets import preparation
 from modeling.datasets.preparation import prepare
 from modeling.system.errors import UserError
-from tests.helpers import dataset
+from tests.helpers import dataset, inject
 
 
 def shapes(root: Path, num_images: int = 30) -> Dataset:
@@ -137,3 +137,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match=r"Permission denied.*dataset\.root"):
         prepare(shapes(tmp_path, 3))
+
+
+@pytest.mark.fault("file system")
+def test_a_file_system_without_fsync_or_modes_is_no_failure(tmp_path, monkeypatch):
+    inject(monkeypatch, "fsync", "EINVAL")
+    inject(monkeypatch, "chmod", "EPERM")
+    assert prepare(shapes(tmp_path, 3))[1]
+    assert not prepare(shapes(tmp_path, 3))[1]
