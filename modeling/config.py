@@ -4,7 +4,6 @@ What leaves `parse` is frozen and valid.
 """
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -14,11 +13,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from modeling import IMAGE_SIZE
+from modeling.system.credentials import masked
 from modeling.system.errors import UserError
 from modeling.system.overrides import known_keys, nearest, override
 
 SchemaType = TypeVar("SchemaType", bound=BaseModel)
-
 
 PositiveInt = Annotated[int, Field(gt=0)]
 HiddenSize = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
@@ -28,9 +27,6 @@ Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # `~` is the home folder
 
 _MISSING = "missing, expected a value"
-
-# What Weights & Biases, Hugging Face and GitHub hand out as keys.
-_SECRET = re.compile(r"\b([0-9a-f]{40}|wandb_v\d_\w+|hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w+)\b")
 
 
 class Section(BaseModel):
@@ -210,10 +206,8 @@ def _reject_secrets(values: object, key: str = "") -> None:
     elif isinstance(values, list):
         for value in values:
             _reject_secrets(value, key)
-    elif isinstance(values, str):
-        known = [secret for name in ("WANDB_API_KEY", "HF_TOKEN") if (secret := os.environ.get(name))]
-        if _SECRET.search(values) or any(secret in values for secret in known):
-            raise UserError(f"{key}: looks like an API key, which runs write into their files: use `wandb login`")
+    elif isinstance(values, str) and masked(values) != values:
+        raise UserError(f"{key}: looks like an API key, which runs write into their files: use `wandb login`")
 
 
 def parse(values: DictConfig | ListConfig | dict, schema: type[SchemaType] = Config) -> SchemaType:

@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from modeling.system.credentials import masked
 from modeling.system.process import prepare_process
 
 
@@ -25,5 +26,5 @@ def errors_in_one_line(exit_code: int = 1) -> Iterator[None]:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     else:
         return
-    print(message, file=sys.stderr)
+    print(masked(message), file=sys.stderr)
     sys.exit(exit_code)

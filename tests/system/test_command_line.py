@@ -74,6 +74,16 @@ def test_a_value_that_hydra_cannot_read_is_answered_with_one_that_it_can(lines_o
     assert OverridesParser.create().parse_override(word).value() == value
 
 
+@pytest.mark.parametrize("word", [f"model={'a1' * 20}", f"wandb.name=({'a1' * 20}", "optimizer=of-my-environment"])
+@pytest.mark.fault("API key")
+def test_a_key_in_a_wrong_argument_is_not_repeated(lines_of, monkeypatch, word):
+    monkeypatch.setenv("WANDB_API_KEY", "my-environment")
+    (line,) = lines_of(main, word)
+    assert "<API key>" in line
+    assert "a1a1" not in line
+    assert "my-environment" not in line
+
+
 def test_a_group_of_another_script_is_an_unknown_key(lines_of):
     assert lines_of(sample, "model=unet")[0].startswith("model: unknown key")
 
