@@ -85,7 +85,10 @@ class Stuck(Batches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("is_killed", "reason"), [(True, "died"), (False, "delivered nothing for 2 s")])
+@pytest.mark.parametrize(
+    ("is_killed", "reason"),
+    [(True, "died"), pytest.param(False, "delivered nothing for 2 s", marks=pytest.mark.long)],
+)
 @pytest.mark.fault("loader workers")
 def test_workers_that_deliver_nothing_end_in_an_error_with_the_remedy(monkeypatch, is_killed, reason):
     monkeypatch.setattr(data, "WAIT_SECONDS", 0.4)
