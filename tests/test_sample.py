@@ -120,7 +120,7 @@ def hostile(config: dict) -> dict:
         ("takes all memory", "the weights do not fit"),
         pytest.param("reads the environment", "wandb.name=3", marks=pytest.mark.long),
         pytest.param("takes forever", "num_blocks", marks=pytest.mark.long),
-        pytest.param("is none", "unknown key", marks=pytest.mark.long),
+        pytest.param("is none", "is no trained model of this project", marks=pytest.mark.long),
     ],
 )
 def test_a_configuration_inside_a_file_can_do_no_harm(finished_run, tmp_path, kind, message):

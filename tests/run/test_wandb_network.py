@@ -53,11 +53,15 @@ def test_offline_logging_is_complete_and_connects_to_nothing(tmp_path, listener)
         listener.accept()
 
 
+# What is said on a slow machine, where our limit or W&B's own for its first request is over before its limit for all.
+SLOW = "did not start within 4 s", "context deadline exceeded"
+
+
 @in_a_process
 def test_a_network_that_swallows_everything_delays_the_start_at_most(tmp_path, listener):
     listener.listen()
     ended = run_tracked(tmp_path, url_of(listener), 4, 1)
-    ended.assert_gave_up("Timed out initializing run", "did not start within 4 s")  # the latter on a slow machine
+    ended.assert_gave_up("Timed out initializing run", *SLOW)
     with listener.accept()[0] as connection:
         assert CREDENTIALS in connection.recv(65536)
 
@@ -65,7 +69,7 @@ def test_a_network_that_swallows_everything_delays_the_start_at_most(tmp_path, l
 @in_a_process
 def test_a_refused_connection_delays_the_start_at_most(tmp_path, listener):
     ended = run_tracked(tmp_path, url_of(listener), 4, 1)
-    ended.assert_gave_up("connection refused", "did not start within 4 s")
+    ended.assert_gave_up("connection refused", *SLOW)
 
 
 @in_a_process
