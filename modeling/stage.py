@@ -99,5 +99,8 @@ def read_manifest(dataset: Dataset) -> Manifest:
     found = manifest["dataset"]
     wanted = {key: getattr(dataset, key, None) for key in found}
     if found != wanted:
-        raise UserError(f"{folder} was prepared with {found}, not with {wanted}: run `{command}`")
+        raise UserError(
+            f"{folder} was prepared with {found}, not with {wanted}: run `{command}`, or keep both: with another "
+            "dataset.root"
+        )
     return manifest

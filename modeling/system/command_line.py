@@ -5,23 +5,25 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from modeling.system.errors import UserError, errors_in_one_line
 from modeling.system.overrides import assignment, known_keys, nearest, override
 from modeling.system.reading import read_yaml
-from modeling.system.signals import Stopped
+from modeling.system.sweep import Sweep
 
 Options = TypeVar("Options")
 
@@ -34,7 +36,7 @@ def script(
     """Makes a script's `main` of a function of its options; a user's mistake then ends it with one line.
 
     `main()` runs on `sys.argv`, `main(values)` on composed values. In a sweep (`-m`) a failed run does not end the
-    others, but a signal does.
+    others, but a signal does; the exit code is the number of failed runs.
 
     Args:
         name: of its configuration, `conf/<name>.yaml`.
@@ -43,21 +45,21 @@ def script(
     """
 
     def decorate(function: Callable[[Options], None]) -> Callable:
-        num_failed = 0
-
         def run(values: DictConfig) -> None:
             with errors_in_one_line():
                 function(read(values, schema))
 
-        @functools.wraps(function)  # by which Hydra finds the script's name
-        def job(values: DictConfig) -> None:
-            nonlocal num_failed
-            try:
-                run(values)
-            except SystemExit as ended:
-                if HydraConfig.get().mode != RunMode.MULTIRUN or (isinstance(ended, Stopped) and ended.code):
-                    raise
-                num_failed += bool(ended.code)
+        def start(sweep: Sweep | None) -> None:
+            """Lets Hydra build the values and run the script on them, as each job of a sweep if there is one."""
+
+            @functools.wraps(function)  # by which Hydra finds the script's name
+            def job(values: DictConfig) -> None:
+                if sweep is None:
+                    run(values)
+                else:
+                    sweep.run(HydraConfig.get().job.num, functools.partial(run, values))
+
+            hydra.main(version_base="1.3", config_path=str(CONFIGURATION), config_name=name)(job)()
 
         @functools.wraps(function)
         def main(values: DictConfig | None = None) -> None:
@@ -68,7 +70,15 @@ def script(
             sys.argv[1:] = map(_with_home, sys.argv[1:])
             with errors_in_one_line():
                 try:
-                    hydra.main(version_base="1.3", config_path=str(CONFIGURATION), config_name=name)(job)()
+                    arguments = get_args_parser().parse_args()
+                    if not arguments.multirun:
+                        start(None)
+                        return
+                    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
+                        sweep = Sweep(Path(folder), jobs(arguments.overrides))
+                        with sweep.stopping_jobs_on_signals():
+                            start(sweep)
+                        sweep.end()
                 except (HydraException, ValueError) as error:  # Hydra raises both for a wrong argument
                     if mistakes := list(_mistakes(name, schema)):
                         raise UserError("\n".join(mistakes)) from error
@@ -76,12 +86,22 @@ def script(
                         reason = str(error) or str(error.__cause__)
                         raise UserError(" ".join(reason.split())) from error
                     raise
-                if num_failed:
-                    raise UserError(f"{num_failed} runs of this sweep failed")
 
         return main
 
     return decorate
+
+
+def jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep, in its order.
+
+    Raises:
+        HydraException: for an override that Hydra cannot read.
+    """
+    groups = ConfigLoaderImpl(create_config_search_path(str(CONFIGURATION)))  # for `model=glob(*)`
+    parsed = OverridesParser.create(groups).parse_overrides(overrides)
+    [batch] = BasicSweeper.split_arguments([one for one in parsed if not one.is_hydra_override()], None)
+    return batch
 
 
 def _with_home(word: str) -> str:

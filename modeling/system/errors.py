@@ -12,6 +12,19 @@ class UserError(ValueError):
     """Something that the user can mend: the message names what was got, what was expected and the remedy."""
 
 
+class Failed(SystemExit):
+    """A script has ended with one line, which is printed already.
+
+    Args:
+        message: the line.
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(code)
+        self.message = message
+
+
 @contextlib.contextmanager
 def errors_in_one_line(exit_code: int = 1) -> Iterator[None]:
     """Wraps every script: a UserError, a failing disk or numbers that are not finite end it with one line."""
@@ -27,4 +40,4 @@ def errors_in_one_line(exit_code: int = 1) -> Iterator[None]:
     else:
         return
     print(masked(message), file=sys.stderr)
-    sys.exit(exit_code)
+    raise Failed(message, exit_code)

@@ -1,6 +1,5 @@
 """The command line of a script: a mistake in it is one line with the remedy, and a sweep survives a failed run."""
 
-import re
 import shlex
 import shutil
 import sys
@@ -111,6 +110,8 @@ def main(seed):
         raise Stopped("the time limit", 0)
     if seed == 4:
         raise Stopped("SIGTERM", 143)
+    if seed == 6:
+        raise RuntimeError("a bug")
     print("seed", seed, "done")
 
 main()
@@ -124,12 +125,17 @@ def test_a_failed_run_does_not_end_a_sweep_but_a_signal_does(tmp_path):
     def sweep(seeds: str):
         return run_script(tmp_path / "sweep.py", "-m", f"seed={seeds}", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
 
-    done = sweep("1,2,3,1,5")
-    assert done.returncode == 1
-    assert done.stderr == "seed=1: wrong\nseed=1: wrong\n2 runs of this sweep failed\n"
-    assert re.findall("seed . done", done.stdout) == ["seed 2 done", "seed 5 done"]
-    done = sweep("4,5")
-    assert (done.returncode, done.stderr) == (143, "")
+    done = sweep("1,2,3,6,5")
+    assert done.returncode == 2
+    assert done.stderr.startswith("seed=1: wrong\nTraceback")
+    assert done.stderr.endswith("\n2 of 5 runs failed:\n  seed=1: seed=1: wrong\n  seed=6: RuntimeError: a bug\n")
+    headers = [f"\nrun {number} of 5: seed={seed}\n" for number, seed in enumerate((1, 2, 3, 6, 5), start=1)]
+    assert done.stdout == "{}{}seed 2 done\n{}{}{}seed 5 done\n".format(*headers)
+    done = sweep("1,4,5")
+    assert done.returncode == 143
+    assert done.stderr.endswith(
+        "1 of 3 runs failed:\n  seed=1: seed=1: wrong\nthe sweep is stopped; the same command resumes it\n"
+    )
     assert "seed 5 done" not in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"sweep.py", "runs"}
 
