@@ -6,13 +6,13 @@ import os
 import platform
 import resource
 import sys
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from modeling.system.errors import UserError
+from modeling.system.process import available_cpus
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 BUSY_SECONDS = 0.1  # for which the machine is watched before the start
@@ -82,23 +82,6 @@ def place(module: ModuleType, device: torch.device) -> ModuleType:
     """
     module = module.to(device)
     return module if device.type == "mps" else module.to(memory_format=torch.channels_last)
-
-
-def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Counts the CPUs that this process may use: its affinity mask, or its control group's quota if that is less.
-
-    PyTorch only knows the mask: in a container with a quota of 2 on a machine with 64 it would start 64 threads.
-    """
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [cgroup / "cpu.max", cgroup / "cpu" / "cpu.cfs_quota_us"]  # versions 2 and 1
-    with contextlib.suppress(OSError):
-        if quotas[0].exists():
-            quota, period = quotas[0].read_text().split()
-        else:
-            quota, period = quotas[1].read_text().strip(), quotas[1].with_name("cpu.cfs_period_us").read_text()
-        if quota not in ("max", "-1"):
-            count = min(count, max(1, int(quota) // int(period)))
-    return count
 
 
 def limit_threads(num_threads: int | None = None) -> None:

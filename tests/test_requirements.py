@@ -56,7 +56,7 @@ def not_as_installed(pinned: dict[str, str]) -> set[str]:
     return wrong
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-sweeps.txt"])
 def test_every_requirement_is_pinned_to_one_version(name):
     assert not not_exact((ROOT / name).read_text())
     assert pins((ROOT / name).read_text())

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from modeling.system.errors import UserError, errors_in_one_line
 from modeling.system.overrides import assignment, known_keys, nearest, override
 from modeling.system.reading import read_yaml
-from modeling.system.sweep import Sweep
+from modeling.system.sweep import Sweep, parallel
 
 Options = TypeVar("Options")
 
@@ -36,7 +36,8 @@ def script(
     """Makes a script's `main` of a function of its options; a user's mistake then ends it with one line.
 
     `main()` runs on `sys.argv`, `main(values)` on composed values. In a sweep (`-m`) a failed run does not end the
-    others, but a signal does; the exit code is the number of failed runs.
+    others, but a signal does; the exit code is the number of failed runs. With
+    `--print-jobs` they are checked and printed, a line of overrides each, as words of a shell.
 
     Args:
         name: of its configuration, `conf/<name>.yaml`.
@@ -49,12 +50,16 @@ def script(
             with errors_in_one_line():
                 function(read(values, schema))
 
-        def start(sweep: Sweep | None) -> None:
+        def start(sweep: Sweep | None, only_print: bool = False) -> None:
             """Lets Hydra build the values and run the script on them, as each job of a sweep if there is one."""
 
             @functools.wraps(function)  # by which Hydra finds the script's name
             def job(values: DictConfig) -> None:
-                if sweep is None:
+                if only_print:
+                    with errors_in_one_line():
+                        read(values, schema)
+                    print(shlex.join(HydraConfig.get().overrides.task))
+                elif sweep is None:
                     run(values)
                 else:
                     sweep.run(HydraConfig.get().job.num, functools.partial(run, values))
@@ -70,12 +75,16 @@ def script(
             sys.argv[1:] = map(_with_home, sys.argv[1:])
             with errors_in_one_line():
                 try:
+                    if only_print := "--print-jobs" in sys.argv:
+                        sys.argv.remove("--print-jobs")
                     arguments = get_args_parser().parse_args()
-                    if not arguments.multirun:
-                        start(None)
+                    if only_print or not arguments.multirun:
+                        start(None, only_print)
                         return
+                    batch = jobs(arguments.overrides)
+                    sys.argv += parallel(arguments.overrides, len(batch))
                     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
-                        sweep = Sweep(Path(folder), jobs(arguments.overrides))
+                        sweep = Sweep(Path(folder), batch)
                         with sweep.stopping_jobs_on_signals():
                             start(sweep)
                         sweep.end()

@@ -1,9 +1,11 @@
 """What a script needs of its process before its work: a POSIX system, streams that last, threads that share CPUs."""
 
+import contextlib
 import errno
 import io
 import os
 import sys
+from pathlib import Path
 
 # How often a thread looks for the others before it sleeps: for about 0.2 ms instead of 3 ms. Beside other processes a
 # waiting thread then leaves its CPU to them, and gets it back; alone nothing is lost (docs/speed.md).
@@ -30,6 +32,23 @@ def prepare_process() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is getattr(sys, f"__{name}__"):  # nobody has replaced it
             setattr(sys, name, _lasting(getattr(sys, name), descriptor))
+
+
+def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Counts the CPUs that this process may use: its affinity mask, or its control group's quota if that is less.
+
+    PyTorch only knows the mask: in a container with a quota of 2 on a machine with 64 it would start 64 threads.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [cgroup / "cpu.max", cgroup / "cpu" / "cpu.cfs_quota_us"]  # versions 2 and 1
+    with contextlib.suppress(OSError):
+        if quotas[0].exists():
+            quota, period = quotas[0].read_text().split()
+        else:
+            quota, period = quotas[1].read_text().strip(), quotas[1].with_name("cpu.cfs_period_us").read_text()
+        if quota not in ("max", "-1"):
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 class _Lasting(io.FileIO):

@@ -4,21 +4,43 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
 from modeling.system.credentials import masked
-from modeling.system.errors import Failed
-from modeling.system.process import prepare_process
+from modeling.system.errors import Failed, UserError
+from modeling.system.process import available_cpus, prepare_process
 from modeling.system.signals import SECOND_CTRL_C_SECONDS, STOPPING, Stopped, stopping_on_signals
 
 MOST_FAILED = 125  # as an exit code: shells use those above
+
+
+def parallel(overrides: list[str], num_jobs: int) -> list[str]:
+    """What to add to a sweep's command for `hydra/launcher=joblib`: no more processes than there are jobs.
+
+    The CPUs are divided among them, and one without a job would have none to save when a signal comes.
+
+    Raises:
+        UserError: if joblib's launcher is not installed, or the number of processes is none.
+    """
+    if "hydra/launcher=joblib" not in overrides:
+        return []
+    if find_spec("hydra_plugins.hydra_joblib_launcher") is None:
+        raise UserError("hydra/launcher=joblib: not installed, run `pip install -r requirements-sweeps.txt`")
+    key = "hydra.launcher.n_jobs"
+    text = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith(f"{key}=")), "-1")
+    if not re.fullmatch(r"-1|[1-9]\d*", text):
+        raise UserError(f"{key}={text}: expected how many runs go on at a time, or -1 for one on each CPU")
+    return [f"{key}={min(available_cpus() if text == '-1' else int(text), num_jobs)}"]
 
 
 class _Named(io.TextIOBase):
@@ -127,6 +149,12 @@ class Sweep:
         before = {name: signal.signal(getattr(signal, name), handle) for name in names}
         try:
             yield
+        except BrokenProcessPool as error:
+            if self.exit_code_of_signal is None:  # else the signal has ended a process that had no job yet
+                raise UserError(
+                    "a process of this sweep was killed, maybe for lack of memory: the same command resumes all runs; "
+                    "a lower hydra.launcher.n_jobs needs less memory"
+                ) from error
         finally:
             for name, handler in before.items():
                 signal.signal(getattr(signal, name), handler)
