@@ -1,0 +1,229 @@
+"""One self-contained page of one run or many: no network, no account, and nothing in a run's name can run."""
+
+import base64
+import datetime
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+
+from modeling.comparison.charts import Spec, bins_chart, colour_of, line_chart, loss_chart
+from modeling.comparison.measure_rows import measure_rows
+from modeling.comparison.page_runs import PageRun, read_page_run, rounded
+from modeling.comparison.references import load_references
+from modeling.run.identity import ROOT
+from modeling.system.errors import UserError
+from modeling.system.files import check_writable, write_atomically
+
+_HERE = Path(__file__).parent
+_CAPTIONS = {
+    "neighbours": "samples (left), each with its nearest training images",
+    "samples": "samples that were measured",
+    "path": "denoising: from noise to image",
+    "between": "images between two samples",
+}
+
+
+@functools.cache
+def _libraries() -> str:
+    """Vega, Vega-Lite and vega-embed, 0.9 MB; it takes a second."""
+    return vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]  # stubs lack the default
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """A table in a third of the space."""
+    return {key: [row[key] for row in rows] for key in (rows[0] if rows else {})}
+
+
+def _text(value: Any) -> str:
+    """A configuration's value as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _differing(values: list[dict[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all, those that every run has first."""
+    keys = {key for one in values for key in one}
+    differing = [key for key in keys if len({_text(one.get(key)) for one in values}) > 1]
+    return sorted(differing, key=lambda key: (_is_missing(key, values), not key.endswith(".name"), key))
+
+
+def _is_missing(key: str, values: list[dict[str, Any]]) -> bool:
+    return any(one.get(key) is None for one in values)
+
+
+def _telling(values: list[dict[str, Any]]) -> list[str]:
+    """The keys that tell runs apart: a value that some lack follows from another choice, such as the network's."""
+    differing = _differing(values)
+    return [key for key in differing if not _is_missing(key, values)] or differing
+
+
+def _labels(runs: list[PageRun], telling: list[str]) -> list[str]:
+    """The name that a run was given, else what tells it from the others, else its folder's."""
+    labels = []
+    for number, run in enumerate(runs, start=1):
+        parts = [(key.rpartition(".")[2], _text(run.compared.get(key))) for key in telling]
+        short = ", ".join(text if name == "name" else f"{name} {text}" for name, text in parts)
+        label = run.name or short or run.folder.resolve().name
+        labels.append(f"{number} · {label if len(label) <= 60 else label[:59] + '…'}" if len(runs) > 1 else label)
+    return labels
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _row(run: PageRun, number: int, label: str, telling: list[str]) -> dict[str, Any]:
+    """A run in the table of runs."""
+    record, share, state = run.record, "", "just begun"
+    if record is not None:
+        done = record.last_step and f" of {record.last_step:,}"
+        share, state = f"{record.step:,}{done or ''}", "finished" if run.metrics else "not finished"
+    last = run.lines[-1] if run.lines else {}
+    speed = record.curve.edges[-1] / record.seconds if record is not None and record.seconds else None
+    return {
+        "number": number,
+        "label": label,
+        "colour": colour_of(number),
+        "values": [_text(run.compared.get(key)) for key in telling],
+        "state": state,
+        "steps": share,
+        "loss": _number(last.get("smoothed")),
+        "heldout": _number(run.metrics.get("eval/heldout_ema")),
+        "seconds": _number(record and record.seconds, ",.0f"),
+        "speed": _number(speed, ",.0f"),
+        "folder": str(run.folder),
+        "reference": _beside(run),
+        "note": run.problem or run.verdict,
+        "command": run.command,
+        "grids": run.grids,
+        "pictures": [(one, _CAPTIONS.get(one.name, one.name)) for one in run.pictures],
+    }
+
+
+def _beside(run: PageRun) -> str:
+    """The run beside its reference, in a few words."""
+    if run.comparison is None:
+        return "none"
+    return f"{run.comparison.reference['name']}: {'on track' if run.is_on_track else 'OFF TRACK'}"
+
+
+def _bins(run: PageRun, number: int) -> list[dict[str, Any]]:
+    """The held-out losses by timestep; t is the middle of a range."""
+    rows = []
+    for weights in ("ema", "raw"):
+        found = run.metrics.get("bins", {}).get(f"eval/heldout_{weights}", {})
+        ranges = {key: [int(part) for part in key.split("-")] for key in found}
+        last = max((ends[-1] for ends in ranges.values()), default=1)
+        for key, loss in found.items():
+            t = (ranges[key][0] + ranges[key][-1]) / 2 / last
+            rows.append({"run": number, "weights": weights, "timesteps": key, "t": rounded(t), "loss": rounded(loss)})
+    return rows
+
+
+def _bands(runs: list[PageRun]) -> list[dict[str, Any]]:
+    """The band of each reference, in the windows of the run that has come furthest beside it."""
+    windows = {}
+    for run in runs:
+        if run.comparison is not None:
+            name, found = run.comparison.reference["name"], run.comparison.windows
+            if name not in windows or found[-1].end > windows[name][-1].end:
+                windows[name] = found
+    return [
+        {
+            "name": name, "start": window.start, "end": window.end, "reference": rounded(window.reference),
+            "low": rounded(max(window.low, window.reference / 100)), "high": rounded(window.high),
+        }
+        for name, found in windows.items()
+        for window in found
+    ]  # fmt: skip
+
+
+def _charts(labels: list[str], datasets: dict[str, list[dict[str, Any]]]) -> dict[str, Spec]:
+    """The charts for which there is data; each one's description names its last values."""
+
+    def ends(rows: list[dict[str, Any]], field: str) -> str:
+        last = {row["run"]: row[field] for row in rows if row[field] is not None}
+        return "; ".join(f"{labels[number]}: {value:.4g}" for number, value in last.items())
+
+    lines, bins, charts = datasets["lines"], datasets["bins"], {}
+    if lines:
+        about = f"Training loss against images seen. Last smoothed losses: {ends(lines, 'smoothed')}"
+        charts["loss"] = loss_chart(len(labels), about, has_band=bool(datasets["band"]))
+        for field, title in (("lr", "learning rate"), ("speed", "images/s")):
+            about = f"{title} against images seen. Last values: {ends(lines, field)}"
+            charts[field] = line_chart(len(labels), field, title, about)
+    if bins:
+        charts["bins"] = bins_chart(len(labels), "Held-out loss by timestep; the totals are in the table of measures.")
+    return charts
+
+
+def _inputs(runs: list[PageRun]) -> list[str]:
+    """Training images, one picture of each data set."""
+    found = {}
+    for run in runs:
+        data = _text([value for key, value in run.compared.items() if key.startswith("dataset.")])
+        for one in run.inputs:
+            found.setdefault(data, one.address)
+    return list(found.values())
+
+
+def render_page(runs: list[PageRun]) -> str:
+    """The page's text."""
+    telling = _telling([run.compared for run in runs])
+    labels = _labels(runs, telling)
+    lines = [{"run": number, **line} for number, run in enumerate(runs) for line in run.lines]
+    for line in lines:  # a logarithm's axis has no place for others
+        line |= {key: None for key in ("loss", "smoothed") if (line[key] or 0) <= 0}
+    bins = [row for number, run in enumerate(runs) for row in _bins(run, number) if (row["loss"] or 0) > 0]
+    datasets = {"lines": lines, "bins": bins, "band": _bands(runs)}
+    steps = {one.step for run in runs for grids in run.grids.values() for one in grids}
+    keys = sorted({key for run in runs for key in run.values})
+    changed = _differing([run.values for run in runs])
+    charts = _charts(labels, datasets)
+    scripts = [_libraries(), (_HERE / "page.js").read_text()]
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment.get_template("page.html").render(
+        runs=[_row(run, number, labels[number], telling) for number, run in enumerate(runs)],
+        title=f"{len(runs)} runs" if len(runs) > 1 else labels[0],
+        written=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        telling=telling,
+        charts=charts,
+        has_band=bool(datasets["band"]),
+        steps=sorted(steps),
+        inputs=_inputs(runs),
+        measures=measure_rows([run.measures for run in runs]),
+        changed=[(key, [_text(run.values.get(key)) for run in runs]) for key in changed],
+        same=[(key, _text(runs[0].values.get(key))) for key in keys if key not in changed],
+        data={
+            "charts": charts,
+            "labels": labels,
+            "tables": {name: _columns(rows) for name, rows in datasets.items()},
+            "steps": sorted(steps),
+        },
+        scripts=scripts,
+        policy=" ".join(f"'sha256-{digest}'" for digest in hashes),
+        style=(_HERE / "page.css").read_text(),
+    )
+
+
+def write_page(folders: list[Path], out: Path) -> None:
+    """Writes the page of the runs in these folders, in this order.
+
+    Raises:
+        UserError: if there is none, one is no run's folder, or a file in it is damaged.
+        OSError: if a file cannot be read or the page cannot be written.
+    """
+    if not folders:
+        raise UserError("no run to show: expected at least one run's folder")
+    check_writable(out)
+    references = load_references(ROOT / "references")
+    write_atomically(out, render_page([read_page_run(folder, references) for folder in folders]).encode())
