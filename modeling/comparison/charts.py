@@ -69,7 +69,7 @@ def loss_chart(num_runs: int, description: str, *, has_band: bool) -> Spec:
         x2="end:Q",
         tooltip=[
             alt.Tooltip("name:N", title="reference"),
-            alt.Tooltip("reference:Q", format=".4~g"),
+            alt.Tooltip("reference:Q", title="its loss", format=".4~g"),
             alt.Tooltip("low:Q", title="from", format=".4~g"),
             alt.Tooltip("high:Q", title="to", format=".4~g"),
         ],

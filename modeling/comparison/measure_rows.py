@@ -35,13 +35,18 @@ class MeasureRow(TypedDict):
     cells: dict[int, Cell]  # by the run's place
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested dictionaries."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _without_model(identity: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for two models to be compared."""
-    return {
-        key: _without_model(value) if isinstance(value, dict) else value
-        for key, value in identity.items()
-        if key not in _NOT_OF_A_MEASURE
-    }
+    """What must be equal for two models to be compared, dotted key -> value."""
+    flat = flatten(identity)
+    return {key: value for key, value in flat.items() if key.rpartition(".")[2] not in _NOT_OF_A_MEASURE}
 
 
 def _better(key: str) -> str:

@@ -53,6 +53,12 @@ function show() { // the newest grid of each run at the slider's step
 }
 
 for (const box of runs) box.addEventListener("change", choose);
+for (const button of document.querySelectorAll("[data-all]")) {
+  button.addEventListener("click", () => {
+    for (const box of runs) box.checked = Boolean(button.dataset.all);
+    choose();
+  });
+}
 if (slider) {
   slider.addEventListener("input", show);
   show();

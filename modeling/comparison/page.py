@@ -124,9 +124,12 @@ def _bins(run: PageRun, number: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _bands(runs: list[PageRun]) -> list[dict[str, Any]]:
-    """The band of each reference, in the windows of the run that has come furthest beside it."""
-    windows = {}
+def _bands(runs: list[PageRun], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The band of each reference, in the windows of the run that has come furthest beside it.
+
+    A band that reaches to 0, which a logarithm cannot show, ends at the least loss of the lines.
+    """
+    windows, least = {}, min((line["loss"] for line in lines if line["loss"] is not None), default=0)
     for run in runs:
         if run.comparison is not None:
             name, found = run.comparison.reference["name"], run.comparison.windows
@@ -135,7 +138,7 @@ def _bands(runs: list[PageRun]) -> list[dict[str, Any]]:
     return [
         {
             "name": name, "start": window.start, "end": window.end, "reference": rounded(window.reference),
-            "low": rounded(max(window.low, window.reference / 100)), "high": rounded(window.high),
+            "low": rounded(window.low or min(least, window.reference)), "high": rounded(window.high),
         }
         for name, found in windows.items()
         for window in found
@@ -165,9 +168,8 @@ def _inputs(runs: list[PageRun]) -> list[str]:
     """Training images, one picture of each data set."""
     found = {}
     for run in runs:
-        data = _text([value for key, value in run.compared.items() if key.startswith("dataset.")])
         for one in run.inputs:
-            found.setdefault(data, one.address)
+            found.setdefault(run.compared["dataset.name"], one.address)
     return list(found.values())
 
 
@@ -179,7 +181,7 @@ def render_page(runs: list[PageRun]) -> str:
     for line in lines:  # a logarithm's axis has no place for others
         line |= {key: None for key in ("loss", "smoothed") if (line[key] or 0) <= 0}
     bins = [row for number, run in enumerate(runs) for row in _bins(run, number) if (row["loss"] or 0) > 0]
-    datasets = {"lines": lines, "bins": bins, "band": _bands(runs)}
+    datasets = {"lines": lines, "bins": bins, "band": _bands(runs, lines)}
     steps = {one.step for run in runs for grids in run.grids.values() for one in grids}
     keys = sorted({key for run in runs for key in run.values})
     changed = _differing([run.values for run in runs])

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from modeling.comparison.bands import Comparison, compare
 from modeling.comparison.curves import RunRecord, comparable, read_run
-from modeling.comparison.measure_rows import Measured
+from modeling.comparison.measure_rows import Measured, flatten
 from modeling.comparison.references import Reference, choose_reference, command_of
 from modeling.comparison.report import judge
 from modeling.run.identity import ROOT
@@ -77,14 +77,6 @@ class PageRun:
     inputs: list[Picture]
     measures: list[tuple[str, Measured]]
     pictures: list[Picture]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of nested dictionaries."""
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def rounded(value: float | None) -> float | None:

@@ -115,6 +115,10 @@ def test_a_run_can_be_left_out_everywhere_by_keyboard(opened, write_run):
         page.keyboard.press("Space")
         page.wait_for_timeout(300)
         assert page.evaluate(COUNT, ["speed", colour_of(1)]) == before
+        page.get_by_role("button", name="none").press("Enter")
+        assert page.locator(".card:visible").count() == 0
+        page.get_by_role("button", name="all").press("Enter")
+        assert page.locator(".card:visible").count() == 2
 
 
 def test_a_strange_name_does_nothing_and_is_shown_as_it_is(opened, write_run):
