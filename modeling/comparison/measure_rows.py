@@ -14,7 +14,7 @@ _NOT_OF_A_MEASURE = {"checkpoint", "checkpoint_sha256", "images_sha256", "sha256
 class Measured(TypedDict):
     """Numbers by name, and everything that they depend on."""
 
-    values: dict[str, Any]
+    values: dict[str, float | dict[str, Any]]
     identity: dict[str, Any]
 
 

@@ -78,7 +78,7 @@ def _number(value: float | None, form: str = ".4g") -> str:
 
 def _row(run: PageRun, number: int, label: str, telling: list[str]) -> dict[str, Any]:
     """A run in the table of runs."""
-    record, share, state = run.record, "", "just begun"
+    record, share, state = run.record, "", "damaged" if run.lines else "just begun"
     if record is not None:
         done = record.last_step and f" of {record.last_step:,}"
         share, state = f"{record.step:,}{done or ''}", "finished" if run.metrics else "not finished"
@@ -97,6 +97,7 @@ def _row(run: PageRun, number: int, label: str, telling: list[str]) -> dict[str,
         "speed": _number(speed, ",.0f"),
         "folder": str(run.folder),
         "reference": _beside(run),
+        "problem": run.problem,
         "note": run.problem or run.verdict,
         "command": run.command,
         "grids": run.grids,
@@ -169,7 +170,7 @@ def _inputs(runs: list[PageRun]) -> list[str]:
     found = {}
     for run in runs:
         for one in run.inputs:
-            found.setdefault(run.compared["dataset.name"], one.address)
+            found.setdefault(run.compared.get("dataset.name"), one.address)
     return list(found.values())
 
 

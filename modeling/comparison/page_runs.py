@@ -24,6 +24,20 @@ NUM_POINTS = 250  # of a run's curves, at most: all are in the page
 NUM_GRIDS = 12  # of a run's sample grids, of either weights, at most
 _KINDS = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
 
+
+class _Train(TypedDict):
+    batch_size: int
+
+
+class _Config(TypedDict):
+    seed: int
+    dataset: dict[str, Any]
+    model: dict[str, Any]
+    diffusion: dict[str, Any]
+    optimizer: dict[str, Any]
+    train: _Train
+
+
 _Row = TypedDict(
     "_Row",
     {
@@ -147,7 +161,7 @@ def _own_measures(config: dict[str, Any], metrics: dict[str, Any]) -> list[tuple
     """The losses at the end of the run, which are comparable for the same images and the same process."""
     values = {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}
     identity = {"num_images": config["train"].get("num_eval_images"), "data_sha256": metrics.get("data_sha256")}
-    return [("end of training", {"values": values, "identity": identity | config.get("diffusion", {})})]
+    return [("end of training", {"values": values, "identity": identity | config["diffusion"]})]
 
 
 def read_page_run(folder: Path, references: dict[str, Reference]) -> PageRun:
@@ -157,7 +171,7 @@ def read_page_run(folder: Path, references: dict[str, Reference]) -> PageRun:
         UserError: if it is no run's folder, or one of its files is damaged.
     """
     try:
-        config = read_yaml(folder / "config.yaml", dict[str, Any])
+        config: dict[str, Any] = dict(read_yaml(folder / "config.yaml", _Config))
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; expected the folder of a run that has begun") from error
     record, problem, comparison, is_on_track, verdict = None, "", None, None, ""

@@ -105,6 +105,18 @@ def test_a_run_that_has_just_begun_is_in_the_page(write_run, page):
     assert tables_of(page(folder, write_run(noisy(0), "other")))["lines"]["run"][0] == 1
 
 
+def test_a_damaged_run_is_said_to_be_damaged_with_the_line(write_run, page):
+    folder = write_run(noisy(0))
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join([*lines[:5], "{}\n", *lines[5:]]))
+    text = page(folder)
+    assert "<td>damaged</td>" in text
+    assert "line 6 is damaged" in text
+    (folder / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match=r"config\.yaml is no YAML of the expected form, or damaged: dataset"):
+        page(folder)
+
+
 def test_a_folder_of_no_run_is_an_error_that_names_it(tmp_path):
     with pytest.raises(UserError, match="nowhere/config.yaml: No such file or directory; expected"):
         write_page([tmp_path / "nowhere"], tmp_path / "report.html")
