@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WITHOUT_GIT := $(if $(wildcard .git),,.dvc/config.local)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train record encoder test test-isa test-faults test-long mutants bench check check-lock clean
+.PHONY: help demo train report record encoder test test-isa test-faults test-long mutants bench check check-lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: .venv/installed ## draw shapes, train on them, write a grid of samples (ab
 
 train: .venv/installed $(WITHOUT_GIT) ## CIFAR-10: the recorded pipeline (dvc repro), under 10 minutes on 2 cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+
+report: .venv/installed ## all runs under runs/ beside each other: report.html, a page that needs no network
+	$(BIN)/python report.py --html report.html
 
 record: train ## after a change of what a stage computes: the recorded run again, and what to commit
 	@git status --short -- dvc.lock outputs
