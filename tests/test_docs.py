@@ -104,7 +104,7 @@ def check_python(script: str, *arguments: str) -> None:
         check_sweep(script, *arguments[1:])
     elif script in SCHEMAS:
         check_overrides(script, *arguments)
-    elif script in ("compare.py", "benchmark.py"):
+    elif script in ("report.py", "benchmark.py"):
         check_argparse(script, *arguments)
     elif (script, *arguments[:1]) != ("-m", "venv"):
         raise Wrong(f"unknown script {script}")
@@ -222,7 +222,7 @@ def test_what_a_page_says_holds(problems, page):
         ("    python main.py train.lrr=1", "lrr"),
         ("    python main.py \\\n        train.num_epochs=0", "train.num_epochs=0"),
         ("    for steps in 10 0; do python sample.py checkpoint=a num_steps=$steps; done", "num_steps=0: input"),
-        ("    python compare.py runs/RUN --plots a.png", "2"),
+        ("    python report.py runs/RUN --plots a.png", "2"),
         ("    python benchmark.py trainings", "unknown section"),
         ("    python trains.py", "unknown script trains.py"),
         ("    dvc exp run -S 'optimizer.lr=1e-3,-1'", "optimizer.lr=-1"),

@@ -1,4 +1,4 @@
-"""Fixtures: folders of runs, and `compare.py` as a command."""
+"""Fixtures: folders of runs, and `report.py` as a command."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-import compare
+import report
 from tests.comparison.runs import BATCH_SIZE, LOG_EVERY, NUM_LINES
 from tests.helpers import ROOT
 
@@ -17,7 +17,7 @@ def write_run(tmp_path):
 
     def write(losses, name="run", *, is_finished=True, heldout=0.035, **changes):
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         config = OmegaConf.load(ROOT / "params.yaml")
         config.train.update({"log_every": LOG_EVERY, "batch_size": BATCH_SIZE, "num_epochs": 2, "max_steps": None})
         config.dataset.root = str(tmp_path)  # there is no data: the length comes from num_images
@@ -49,12 +49,12 @@ def write_run(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Runs `compare.py` with its references in a folder of its own; returns the exit code and what it printed."""
+    """Runs `report.py` with its references in a folder of its own; returns the exit code and what it printed."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments), "--references", str(tmp_path / "refs")])
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments), "--references", str(tmp_path / "refs")])
         try:
-            code = compare.main()
+            code = report.main()
         except SystemExit as ended:
             code = ended.code
         return code, "".join(capsys.readouterr())

@@ -1,11 +1,13 @@
-"""What `compare.py` says of a run, and the code that it ends with."""
+"""What `report.py` says of a run, and the code that it ends with."""
 
 import json
 import re
+import sys
 
 import pytest
 from PIL import Image
 
+import report
 from modeling.config import parse
 from modeling.run.session import train
 from modeling.stage import read_manifest
@@ -73,7 +75,7 @@ def test_missing_damaged_and_early_runs_end_with_2_and_the_reason(write_run, com
 )
 def test_options_that_do_not_go_together_are_rejected(arguments, command, tmp_path):
     code, text = command(tmp_path, *arguments)
-    assert (code, "compare.py: error: --" in text) == (2, True)
+    assert (code, "report.py: error: --" in text) == (2, True)
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -105,3 +107,29 @@ def test_a_real_run_becomes_a_reference_and_is_on_track(tiny, command, tmp_path)
 
 def test_a_plot_that_cannot_be_written_is_found_before_the_comparison(tmp_path, command):
     assert command(tmp_path / "nowhere", "--plot", "/dev/null/x.png") == (2, "/dev/null/x.png: Not a directory\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one run to compare, or --html FILE.html"),
+        (["a", "b"], "expected one run to compare, or --html FILE.html"),
+        (["--html", "page.pdf"], "expected a name that ends with .html"),
+        (["a", "--html", "a.html", "--save", "default"], "--html is a page of its own"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_rejected(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert message in capsys.readouterr().err
+
+
+def test_the_page_is_of_all_runs_or_of_those_named(write_run, command, monkeypatch, tmp_path):
+    for name in ("a", "b"):
+        write_run(noisy(0), f"runs/{name}")
+    monkeypatch.chdir(tmp_path)
+    assert command("--html", "all.html") == (0, "all.html\n")
+    assert command("runs/b", "--html", "one.html") == (0, "one.html\n")
+    pages = [(tmp_path / name).read_text() for name in ("all.html", "one.html")]
+    assert ["runs/a" in page for page in pages] == [True, False]
