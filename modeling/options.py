@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from modeling.config import Config, HiddenSize, Machine, PathText, PositiveFloat, PositiveInt, Section, Text
 from modeling.system.errors import UserError
 from modeling.system.files import check_writable
+from modeling.system.overrides import known_keys, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # where the files that a script takes by default are
 
@@ -114,3 +115,37 @@ class ConvertConfig(Section):
     out: PathText  # the DDPMPipeline's folder, or our *.safetensors
     overwrite: bool
     config: Config  # from diffusers: what our file says of a run; the folder's model and diffusion process replace its
+
+
+class Range(Section):
+    low: int | float
+    high: int | float  # whole numbers are drawn where both ends are whole
+    log: bool = False  # on a logarithmic scale
+
+    @model_validator(mode="after")
+    def _is_range(self) -> Self:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low must be below high, and above 0 with log, got {self.low} and {self.high}")
+        return self
+
+
+class SearchConfig(Section):
+    """All of `conf/search.yaml`."""
+
+    out: PathText  # folder: the journal, and a folder for each trial's run
+    overrides: str  # of every trial, as on main.py's command line
+    space: Annotated[dict[str, Range | list[int | float | str | bool]], Field(min_length=1)]  # a range, or choices
+    num_trials: PositiveInt  # draws from the space
+    seed: Annotated[int, Field(ge=0)]  # of the draws
+    check_steps: list[PositiveInt]  # at which a trial's smoothed training loss is compared with the others'
+    keep: Annotated[float, Field(gt=0, le=1)]  # a trial continues while its loss is in this best part of them
+
+    @model_validator(mode="after")
+    def _knows_keys(self) -> Self:
+        known = list(known_keys(Config))
+        for key, values in self.space.items():
+            if key not in known:
+                raise ValueError(f"space: {key}: unknown key; the nearest known one is {nearest(key, known)}")
+            if isinstance(values, list) and not values:
+                raise ValueError(f"space: {key}: expected at least one choice")
+        return self

@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 MODULES = sorted(path for path in (ROOT / "modeling").rglob("*.py") if path.name != "__init__.py")
 ROOMS = sorted(path.parent.name for path in (ROOT / "modeling").glob("*/__init__.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
-HYDRA_SCRIPTS = {"main", "prepare_data", "sample", "evaluate", "convert", "train_encoder"}
+HYDRA_SCRIPTS = {"main", "prepare_data", "sample", "evaluate", "convert", "train_encoder", "search"}
 
 # What the modules of each room import beside their own: other rooms, and of the core the named modules or all of it.
 ALLOWED = {
@@ -24,7 +24,7 @@ ALLOWED = {
     "run": {"system", "core"},
     "measures": {"system", "core"},
     "interchange": {"system", "core"},
-    "comparison": {"system", "run.identity"},
+    "comparison": {"system", "run.identity", "core.options"},
 }
 
 
@@ -86,6 +86,7 @@ def test_the_network_and_the_diffusion_process_do_not_know_each_other():
         ("altair", {"charts"}),
         ("vl_convert", {"page"}),
         ("jinja2", {"page"}),
+        ("optuna", {"search"}),
         ("diffusers", set()),
         ("dvc", set()),
     ],
