@@ -16,9 +16,9 @@ help: ## list the targets
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/dev: .venv/installed requirements-dev.txt
+.venv/dev: .venv/installed requirements-dev.txt requirements-sweeps.txt
 	@echo "installing what tests and checks need into .venv"
-	@$(PIP) -r requirements-dev.txt
+	@$(PIP) -r requirements-dev.txt -r requirements-sweeps.txt
 	@touch $@
 
 .dvc/config.local: # a downloaded ZIP is no Git repository, in which DVC refuses to work unless it is told so
