@@ -76,7 +76,7 @@ def whole_run(write_run, number, **changes):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1600])
-@pytest.mark.parametrize("num_runs", [1, 20])
+@pytest.mark.parametrize("num_runs", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_charts_are_drawn_and_nothing_is_wider_than_the_window(opened, write_run, num_runs, width, scheme):
     folders = [whole_run(write_run, number) for number in range(num_runs)]
     with opened(folders, width, scheme) as page:
