@@ -83,11 +83,13 @@ def write_data(folder: Path, config: Config) -> None:
 
 def write_compared(folder: Path, config: Config) -> None:
     shutil.copytree(ROOT / "references", folder / "references")
-    shutil.copy(ROOT / "outputs" / "metrics.json", folder)
     shutil.copy(ROOT / "params.yaml", folder / "config.yaml")
-    curve = json.loads((ROOT / "references" / "default.json").read_text())["curve"]
+    reference = json.loads((ROOT / "references" / "default.json").read_text())
+    write_json(folder / "metrics.json", {"steps": reference["steps"]} | reference["losses"])
+    write_json(folder / "details.json", {"bins": reference["bins"]})
     rows = [
-        {"step": int(point["step"]), "train/loss": point["loss"], "train/skipped": 0, "seconds": 1.0} for point in curve
+        {"step": int(point["step"]), "train/loss": point["loss"], "train/skipped": 0, "seconds": 1.0}
+        for point in reference["curve"]
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -130,6 +132,7 @@ FILES: dict[str, tuple[Callable[[Path, Config], object], Callable[[Path, Config]
     "config.yaml": (write_compared, read_compared),
     "metrics.jsonl": (write_compared, read_compared),
     "metrics.json": (write_compared, read_compared),
+    "details.json": (write_compared, read_compared),
     "references/default.json": (write_compared, read_compared),
     FILE: (
         write_evaluation,

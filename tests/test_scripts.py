@@ -14,7 +14,7 @@ from tests.helpers import ROOT, run_script
 def test_a_run_leaves_everything_a_user_needs(finished_run):
     names = {str(path.relative_to(finished_run)) for path in finished_run.rglob("*") if path.is_file()}
     assert names == {
-        "checkpoints/5.pt", "checkpoints/last.pt", "config.yaml", "heldout.csv", "lock", "loss.csv",
+        "checkpoints/5.pt", "checkpoints/last.pt", "config.yaml", "details.json", "heldout.csv", "lock", "loss.csv",
         "metrics.json", "metrics.jsonl",
         "model.safetensors", "run.json", "samples/ema/4.png", "samples/ema/8.png", "samples/inputs.png",
         "samples/raw/4.png", "samples/raw/8.png",
@@ -36,16 +36,18 @@ def test_the_terminal_shows_what_will_run_and_how_it_goes(finished_run):
 
 
 @pytest.mark.slow
-def test_the_metrics_hold_losses_and_identity(finished_run, tiny_data):
-    metrics = json.loads((finished_run / "metrics.json").read_text())
+def test_the_metrics_are_a_dozen_numbers_beside_details_of_bins_identity_and_machine(finished_run, tiny_data):
+    metrics, details = (json.loads((finished_run / f"{name}.json").read_text()) for name in ("metrics", "details"))
+    assert len(metrics) == 12
+    assert all(isinstance(value, int | float) for value in metrics.values())
     for name in ("eval/train_raw", "eval/train_ema", "eval/heldout_raw", "eval/heldout_ema"):
         assert 0.5 < metrics[name] < 1.5
-        assert sum(metrics["bins"][name].values()) / 10 == pytest.approx(metrics[name])
+        assert sum(details["bins"][name].values()) / 10 == pytest.approx(metrics[name])
     manifest = json.loads((tiny_data / "shapes" / "manifest.json").read_text())
-    assert metrics["data_sha256"] == manifest["files"]["train.npy"]["sha256"]
-    assert (metrics["steps"], metrics["images"], metrics["seed"]) == (8, 128, 0)
-    assert metrics["torch"] == torch.__version__
-    assert re.fullmatch("[0-9a-f]{64}", metrics["code_sha256"])
+    assert details["data_sha256"] == manifest["files"]["train.npy"]["sha256"]
+    assert (metrics["steps"], metrics["images"], details["seed"]) == (8, 128, 0)
+    assert details["torch"] == torch.__version__
+    assert re.fullmatch("[0-9a-f]{64}", details["code_sha256"])
     assert metrics["images_per_second"] == pytest.approx(128 / metrics["seconds"])
     lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 8]

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -48,7 +48,10 @@ _Row = TypedDict("_Row", {"step": int, "train/loss": float | None, "train/skippe
 
 class _Metrics(TypedDict):
     steps: int
-    bins: NotRequired[dict[str, dict[str, float]]]
+
+
+class _Details(TypedDict):
+    bins: dict[str, dict[str, float]]
 
 
 class _File(TypedDict):
@@ -89,7 +92,7 @@ class RunRecord:
 
     Args:
         step: the last one in metrics.jsonl.
-        metrics: the content of metrics.json; None until the run is finished.
+        metrics: the content of metrics.json and details.json; None until the run is finished.
         last_step: the run's length; None where it cannot be known.
     """
 
@@ -119,14 +122,18 @@ def _length(config: _Config) -> int | None:
     return run_length(num_images, train["batch_size"], train["num_epochs"], train["max_steps"])
 
 
-def _read_metrics(path: Path) -> _Metrics | None:
-    """The content of metrics.json; None where there is none."""
+def _read_metrics(folder: Path) -> dict[str, Any] | None:
+    """The content of metrics.json and details.json; None where there is none."""
+    path = folder / "metrics.json"
     if not path.exists():
         return None
     with reading(path, "metrics of a finished run", _REMEDY):
-        metrics = parse_json(path.read_bytes(), _Metrics)
+        metrics: dict[str, Any] = dict(parse_json(path.read_bytes(), _Metrics))
         check({key: loss for key, loss in metrics.items() if key.startswith("eval/")}, dict[str, float])
-        return metrics
+        if "bins" in metrics:  # an older run has all in one file
+            check(metrics, _Details)
+            return metrics
+    return metrics | read_json(folder / "details.json", _Details, _REMEDY)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -138,7 +145,7 @@ def read_run(folder: Path) -> RunRecord:
     path = folder / "metrics.jsonl"
     try:
         config, rows = read_yaml(folder / "config.yaml", _Config, _REMEDY), read_json_lines(path, _Row)
-        metrics = _read_metrics(folder / "metrics.json")
+        metrics = _read_metrics(folder)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; expected the folder of a run that has begun") from error
     batch_size, log_every = config["train"]["batch_size"], config["train"]["log_every"]

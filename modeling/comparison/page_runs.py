@@ -1,7 +1,6 @@
 """What the page shows of a run: the configuration, its lines, the losses by timestep, pictures and measures."""
 
 import base64
-import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -181,11 +180,7 @@ def read_page_run(folder: Path, references: dict[str, Reference]) -> PageRun:
         is_on_track, verdict = judge(comparison)
     except UserError as error:  # too early, or nothing to compare with: the page says so
         problem, verdict = (str(error), "") if record is None else ("", str(error))
-    metrics: dict[str, Any] = {}
-    if record is not None and record.metrics is not None:
-        metrics = dict(record.metrics)
-        with contextlib.suppress(FileNotFoundError):  # older runs have all in one file
-            metrics |= read_json(folder / "details.json", dict[str, Any])
+    metrics = dict(record.metrics) if record is not None and record.metrics is not None else {}
     batch_size = config["train"]["batch_size"]
     evaluations = _evaluations(folder)
     return PageRun(

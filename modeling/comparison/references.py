@@ -104,7 +104,7 @@ def make_reference(run: RunRecord, name: str, command: str, date: str) -> Refere
         "config": comparable(run.config),
         "curve": [dict(zip(Point.__annotations__, row, strict=True)) for row in table],
     }
-    with reading("metrics.json", "file of a whole run"):
+    with reading("metrics.json or details.json", "file of a whole run"):
         return check(about | made, Reference)
 
 

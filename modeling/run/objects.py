@@ -183,7 +183,7 @@ class Run:
             tracker.image(self.state.step, f"samples/{kind}", grid)
 
     def measure(self, tracker: Tracker) -> None:
-        """Measures the trained model, and writes metrics.json and the tables that DVC plots."""
+        """Measures the trained model; writes the tables that DVC plots, details.json and, last, metrics.json."""
         losses, bins = {}, {}
         for split, label in (("train", "train"), ("test", "heldout")):
             images = self.images[split][: self.config.train.num_eval_images]
@@ -204,9 +204,17 @@ class Run:
         ]
         write_csv(self.folder.path / "heldout.csv", by_bin, ["timesteps", "raw", "ema"])
         num_images = self.state.step * self.batches.batch_size
+        details = {
+            "bins": bins,
+            "seed": self.config.seed,
+            "data_sha256": self.folder.identity["data"],
+            "code_sha256": self.folder.identity["code"],
+            "weights_sha256": sha256_of(self.folder.path / "model.safetensors"),
+            **self.environment,
+        }
+        write_json(self.folder.path / "details.json", details)
         metrics = losses | {
             "train/loss_smoothed": self.state.loss_smoothed,
-            "bins": bins,
             "steps": self.state.step,
             "skipped_steps": self.state.num_skipped,
             "images": num_images,
@@ -214,10 +222,5 @@ class Run:
             "seconds": self.state.seconds,
             "images_per_second": num_images / self.state.seconds,
             "memory_bytes": peak_memory_bytes(),
-            "seed": self.config.seed,
-            "data_sha256": self.folder.identity["data"],
-            "code_sha256": self.folder.identity["code"],
-            "weights_sha256": sha256_of(self.folder.path / "model.safetensors"),
-            **self.environment,
         }
         write_json(self.folder.metrics_path, metrics)

@@ -1,7 +1,7 @@
 """What one process does for a run: it identifies the run, claims its folder, resumes it and writes its files.
 
-The folder holds config.yaml, metrics.jsonl, metrics.json, samples/, checkpoints/ (the full state), and
-model.safetensors (averaged weights). metrics.json is written last: a run is finished exactly if it exists.
+The folder holds config.yaml, metrics.jsonl, samples/, checkpoints/ (the full state), model.safetensors (averaged
+weights), details.json and metrics.json, which is written last: a run is finished exactly if it exists.
 """
 
 import shutil
@@ -29,7 +29,10 @@ from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
 from modeling.system.signals import Stopped
 
-ARTEFACTS = ("config.yaml", "metrics.json", "metrics.jsonl", "loss.csv", "heldout.csv", "samples", "model.safetensors")
+ARTEFACTS = (
+    "config.yaml", "details.json", "metrics.json", "metrics.jsonl", "loss.csv", "heldout.csv", "samples",
+    "model.safetensors",
+)  # fmt: skip
 
 # What a checkpoint given by `runtime.resume=PATH` must share with the run that starts from it (dotted prefixes).
 MUST_MATCH = ("seed", "data", "dataset", "model", "diffusion", "optimizer.name", "train.batch_size")

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import report
+from modeling.system.files import write_json
 from tests.comparison.runs import BATCH_SIZE, LOG_EVERY, NUM_LINES
 from tests.helpers import ROOT
 
@@ -33,15 +34,19 @@ def write_run(tmp_path):
             rows.append(json.dumps(row) + "\n")
         (folder / "metrics.jsonl").write_text("".join(rows))
         steps = len(losses) * LOG_EVERY
-        metrics = {
-            "steps": steps, "images": steps * config.train.batch_size, "seconds": len(losses), "parameters": 1,
-            "images_per_second": LOG_EVERY * config.train.batch_size, "data_sha256": "0", "code_sha256": "0",
+        details = {
             "bins": {"eval/heldout_ema": {"1-500": 1.9 * heldout, "501-1000": 0.1 * heldout}},
-            "eval/heldout_ema": heldout,
+            "data_sha256": "0", "code_sha256": "0",
             "device": "x86_64", "threads": 2, "precision": "fp32", "torch": "2.15.0",
         }  # fmt: skip
+        metrics = {
+            "eval/heldout_ema": heldout,
+            "steps": steps, "images": steps * config.train.batch_size, "seconds": len(losses), "parameters": 1,
+            "images_per_second": LOG_EVERY * config.train.batch_size,
+        }  # fmt: skip
         if is_finished:
-            (folder / "metrics.json").write_text(json.dumps(metrics))
+            write_json(folder / "details.json", details)
+            write_json(folder / "metrics.json", metrics)
         return folder
 
     return write

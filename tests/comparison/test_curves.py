@@ -7,6 +7,7 @@ import pytest
 
 from modeling.comparison.bands import first_exit
 from modeling.comparison.curves import read_run
+from modeling.system.errors import UserError
 from tests.comparison.runs import NUM_LINES, noisy, reference_of, windows_of
 
 
@@ -47,3 +48,19 @@ def test_the_metrics_of_a_shorter_run_are_not_the_resumed_ones_end(write_run):
     (folder / "metrics.jsonl").write_text("".join(lines.splitlines(keepends=True)[:-1]))
     run = read_run(folder)
     assert (run.metrics, run.step, run.last_step) == (None, 2_475, 2_500)
+
+
+def test_an_older_run_with_everything_in_metrics_json_is_read_the_same(write_run):
+    folder = write_run(noisy(0))
+    new = read_run(folder).metrics
+    (folder / "metrics.json").write_text(json.dumps(new))
+    (folder / "details.json").unlink()
+    assert read_run(folder).metrics == new
+    assert new["bins"].keys() == {"eval/heldout_ema"}
+
+
+def test_a_finished_run_without_its_details_is_an_error_that_names_them(write_run):
+    folder = write_run(noisy(0))
+    (folder / "details.json").unlink()
+    with pytest.raises(UserError, match=r"details\.json: No such file"):
+        read_run(folder)

@@ -145,16 +145,11 @@ def test_a_run_is_beside_the_reference_that_is_nearest(write_run, page):
     assert "no comparable reference" in text
 
 
-def test_losses_by_timestep_are_found_beside_metrics_or_in_them(write_run, page):
-    folder = write_run(noisy(0))
-    bins = tables_of(page(folder))["bins"]
+def test_losses_by_timestep_are_those_of_the_run(write_run, page):
+    bins = tables_of(page(write_run(noisy(0))))["bins"]
     assert bins["timesteps"] == ["1-500", "501-1000"]
     assert bins["t"] == [0.2505, 0.7505]
     assert bins["loss"] == [0.0665, 0.0035]
-    metrics = json.loads((folder / "metrics.json").read_text())
-    (folder / "details.json").write_text(json.dumps({"bins": metrics.pop("bins")}))
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    assert tables_of(page(folder))["bins"] == bins
 
 
 def test_grids_are_thinned_evenly_and_the_last_is_kept(write_run, page):

@@ -96,12 +96,12 @@ def test_from_a_folder_of_pictures_to_a_trained_model(tmp_path, monkeypatch, com
     assert second == first.replace("(written)", "(already there, verified)")
     values.dataset.skip_unusable = False  # what is prepared is prepared
     main.main(values)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics, details = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("metrics", "details"))
     manifest = json.loads((tmp_path / "data" / "folder" / "manifest.json").read_text())
     counts = [manifest["files"][f"{name}.npy"]["count"] for name in ("train", "test")]
     assert sum(counts) == 40
     assert metrics["steps"] == counts[0] // 16 * 2
-    assert metrics["data_sha256"] == manifest["files"]["train.npy"]["sha256"]
+    assert details["data_sha256"] == manifest["files"]["train.npy"]["sha256"]
     with Image.open(tmp_path / "run" / "samples" / "ema" / f"{metrics['steps']}.png") as grid:
         assert np.asarray(grid).std() > 10
 

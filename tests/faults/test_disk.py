@@ -61,6 +61,7 @@ WRITES = {  # whose file -> the end of its path
     "a sample": "samples/ema/4.png",
     "the exported weights": "model.safetensors",
     "a table": "loss.csv",
+    "details.json": "details.json",
     "metrics.json": "metrics.json",
 }
 REFUSALS = {"write": "ENOSPC", "fsync": "EIO", "replace": "EACCES", "open": "EROFS"}
