@@ -24,6 +24,7 @@ HiddenSize = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]  # 30 years; the system's timers end somewhere above
 Text = Annotated[str, Field(min_length=1)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # `~` is the home folder
 
 _MISSING = "missing, expected a value"
@@ -146,10 +147,11 @@ class Machine(Section):
 
 
 class Runtime(Machine):
+    name: RunName | None = None  # the run's own, in its folder, in tables and in W&B; older files lack the key
     compile: bool
     micro_batch_size: PositiveInt | None  # at most so many images go through the network at a time; null: by the device
     num_workers: Annotated[int, Field(ge=0, le=64)]
-    output_dir: PathText | None  # the run's folder; null: runs/<readable name>-<hash>
+    output_dir: PathText | None  # the run's folder; null: runs/<name, or what the run is>-<hash>
     resume: PathText  # auto: from the folder's newest checkpoint; never: from zero; or a checkpoint to start from
     max_seconds: Seconds | None  # then the run saves its state and ends, to be continued by the same command
     checkpoint_seconds: Seconds | None  # saves after so long even if checkpoint_every is not reached
@@ -159,7 +161,7 @@ class Runtime(Machine):
 class Wandb(Section):
     mode: Literal["offline", "online", "disabled"]
     project: Text
-    name: Text | None  # null: the run folder's name
+    name: Text | None  # null: runtime.name, or else the run folder's
 
 
 class Config(Section):

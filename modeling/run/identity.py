@@ -18,7 +18,7 @@ NO_EFFECT: Any = {
     "optimizer": {"warmup_steps"},
     "train": {"num_epochs", "max_steps", "checkpoint_every"},
     "runtime": {
-        "keep_freed_memory", "num_threads", "num_workers", "output_dir", "resume", "max_seconds",
+        "keep_freed_memory", "num_threads", "num_workers", "name", "output_dir", "resume", "max_seconds",
         "checkpoint_seconds", "keep_checkpoints",
     },
     "wandb": True,
@@ -62,6 +62,12 @@ def run_name(identity: Identity) -> str:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     dataset, model, optimizer = identity["dataset"], identity["model"], identity["optimizer"]
     return f"{dataset['name']}-{model['name']}{model['hidden_size']}-{optimizer['name']}-{digest[:10]}"
+
+
+def folder_name(name: str | None, identity: Identity) -> str:
+    """`<the name that was given>-<hash>`, else `run_name`."""
+    full = run_name(identity)
+    return full if name is None else f"{name}-{full.rpartition('-')[2]}"
 
 
 # ---- differences of two nested dictionaries

@@ -17,9 +17,9 @@ from modeling.run.identity import (
     code_sha256,
     describe_differences,
     differences,
+    folder_name,
     identify,
     run_length,
-    run_name,
 )
 from modeling.run.loop import Training
 from modeling.run.objects import Run
@@ -94,7 +94,7 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
     images, length = manifest["files"]["train.npy"], config.train
     last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
     identity, origin = _identify(config, last_step, images["sha256"])
-    path = Path(config.runtime.output_dir or f"runs/{run_name(identity)}")
+    path = Path(config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
     folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
     with folder.claimed():
         finished_at = folder.finished_at()
@@ -139,7 +139,8 @@ def _carry_out(run: Run) -> None:
         tracker.image(0, "inputs", inputs)
         training.fit()
         values = config.model_dump()
-        values["runtime"]["output_dir"] = values["wandb"]["name"] = None  # equal runs in two folders: equal files
+        for section, key in (("runtime", "name"), ("runtime", "output_dir"), ("wandb", "name")):
+            values[section][key] = None  # equal runs in two folders: equal files
         export_weights(folder / "model.safetensors", run.ema.module, values)
         run.measure(tracker)
     except Stopped as stopped:

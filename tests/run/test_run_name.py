@@ -5,14 +5,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from modeling.config import Config, parse
-from modeling.run.identity import Identity, identify, run_name
+from modeling.run.identity import Identity, folder_name, identify, run_name
+from modeling.system.errors import UserError
 from tests.helpers import ROOT, changed, leaves
 
 NO_EFFECT_ON_THE_NAME = {
     "dataset.root", "dataset.archive", "dataset.urls", "dataset.pictures", "dataset.skip_unusable",
     "train.num_epochs", "train.max_steps", "train.checkpoint_every", "runtime.keep_freed_memory", "runtime.num_threads",
-    "runtime.num_workers", "runtime.output_dir", "runtime.resume", "runtime.max_seconds", "runtime.checkpoint_seconds",
-    "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
+    "runtime.num_workers", "runtime.name", "runtime.output_dir", "runtime.resume", "runtime.max_seconds",
+    "runtime.checkpoint_seconds", "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
 }  # fmt: skip
 
 
@@ -54,3 +55,17 @@ def test_data_code_and_first_checkpoint_belong_to_a_runs_name(compose_config):
     config = parse(compose_config())
     names = [name_of(config), name_of(config, data="d"), name_of(config, code="c"), name_of(config, origin="run@7")]
     assert len(set(names)) == 4
+
+
+def test_a_run_with_a_name_of_its_own_has_it_before_the_hash_in_its_folder(compose_config):
+    identity = identify(parse(compose_config()), 1000, "data", "code")
+    assert folder_name(None, identity) == run_name(identity) == f"cifar10-ddpm32-adam-{run_name(identity)[-10:]}"
+    assert folder_name("big-lr", identity) == f"big-lr-{run_name(identity)[-10:]}"
+
+
+@pytest.mark.parametrize("name", ["big lr", "a/b", "..", "-x", ""])
+def test_a_name_that_is_no_word_is_rejected(compose_config, name):
+    values = compose_config()
+    values.runtime.name = name
+    with pytest.raises(UserError, match="runtime.name="):
+        parse(values)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,13 +27,15 @@ from tests.run.wandb_process import GAVE_UP, start_wandb, track, wandb_cores
 
 @pytest.mark.slow
 def test_a_run_logs_everything_to_wandb_and_never_its_code(tiny, capsys):
-    config = tiny("wandb.mode=offline", "runtime.output_dir=run", "wandb.project=here")
+    config = tiny("wandb.mode=offline", "runtime.name=big-lr", "wandb.project=here")
     main.main(config)
-    found = read_wandb(Path("run"))
+    (folder,) = Path("runs").iterdir()
+    assert re.fullmatch("big-lr-[0-9a-f]{10}", folder.name)
+    found = read_wandb(folder)
     assert found.run.project == "here"
-    assert found.run.display_name == "run"
+    assert found.run.display_name == "big-lr"
     assert {key: found.config[key] for key in config} == parse(config).model_dump()  # all hyperparameters, nested
-    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 8]
     for line in lines:  # loss, smoothed loss, learning rate, images/s, at the same steps as in the local file
         row = found.rows[line["step"]]
@@ -43,9 +46,9 @@ def test_a_run_logs_everything_to_wandb_and_never_its_code(tiny, capsys):
         for kind in ("raw", "ema"):
             assert found.rows[step][f"samples/{kind}._type"] == "image-file"
     assert list(found.artifacts.values()) == [("config", ["config.yaml"])]
-    media = [file.name for file in Path("run/wandb").rglob("*.png")]
+    media = [file.name for file in (folder / "wandb").rglob("*.png")]
     assert len(media) == 5  # inputs, and two grids at two steps
-    assert not [file for file in Path("run/wandb").rglob("*") if file.suffix in (".py", ".patch", ".ipynb")]
+    assert not [file for file in (folder / "wandb").rglob("*") if file.suffix in (".py", ".patch", ".ipynb")]
     assert not any(name.startswith("code/") or name.endswith(".py") for name in found.files)
     assert "Weights & Biases" not in capsys.readouterr().err
 
