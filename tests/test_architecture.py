@@ -98,7 +98,7 @@ def test_a_library_is_known_where_it_belongs_only(package, users):
 def test_files_are_parsed_by_the_typed_reader_only():
     """What `json.load`, a YAML file or an array holds is checked, and an error names the file."""
     parsers = re.compile(
-        r"\bjson\.loads?\(|\b(np|numpy)\.load|yaml\.\w*load|OmegaConf\.load|safe_open|load_file\(|\bcsv\."
+        r"\bjson\.loads?\(|\b(np|numpy)\.load|yaml\.\w*load|OmegaConf\.load|safe_open|load_file\(|\bcsv\.\w*[rR]eader"
     )
     paths = [*MODULES, *SCRIPTS, *(ROOT / "hydra_plugins").glob("*.py")]
     assert {path.stem for path in paths if parsers.search(path.read_text())} == {"reading"}

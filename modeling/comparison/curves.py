@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -43,7 +43,16 @@ class _Config(TypedDict):
     train: _Train
 
 
-_Row = TypedDict("_Row", {"step": int, "train/loss": float | None, "train/skipped": int, "seconds": float})
+_Row = TypedDict(
+    "_Row",
+    {
+        "step": int,
+        "train/loss": float | None,
+        "train/loss_smoothed": NotRequired[float | None],
+        "train/skipped": int,
+        "seconds": float,
+    },
+)
 
 
 class _Metrics(TypedDict):
@@ -60,6 +69,10 @@ class _File(TypedDict):
 
 class _Manifest(TypedDict):
     files: dict[str, _File]
+
+
+class TooEarlyError(UserError):
+    """The run has no loss yet."""
 
 
 _REMEDY = "restore it, or train this run again"
@@ -91,7 +104,7 @@ class RunRecord:
     """What a run's folder says.
 
     Args:
-        step: the last one in metrics.jsonl.
+        step: the last one in metrics.jsonl; `loss_smoothed` and `seconds` are of its line.
         metrics: the content of metrics.json and details.json; None until the run is finished.
         last_step: the run's length; None where it cannot be known.
     """
@@ -100,6 +113,7 @@ class RunRecord:
     curve: Curve
     step: int
     seconds: float
+    loss_smoothed: float | None
     metrics: Mapping[str, Any] | None
     last_step: int | None
 
@@ -140,17 +154,18 @@ def read_run(folder: Path) -> RunRecord:
     """The run in a folder, finished or not.
 
     Raises:
-        UserError: if its files are missing or damaged, or hold no loss yet.
+        TooEarlyError: if they hold no loss yet.
+        UserError: if its files are missing or damaged.
     """
     path = folder / "metrics.jsonl"
     try:
-        config, rows = read_yaml(folder / "config.yaml", _Config, _REMEDY), read_json_lines(path, _Row)
-        metrics = _read_metrics(folder)
+        config, metrics = read_yaml(folder / "config.yaml", _Config, _REMEDY), _read_metrics(folder)
+        rows = read_json_lines(path, _Row) if metrics or path.exists() else []  # which a run writes a little later
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; expected the folder of a run that has begun") from error
     batch_size, log_every = config["train"]["batch_size"], config["train"]["log_every"]
     if not rows:
-        raise UserError(f"too early: {path} is empty, its first line comes at step {log_every:,}")
+        raise TooEarlyError(f"too early: {path} is empty, its first line comes at step {log_every:,}")
     if None in rows:
         raise UserError(f"{path}: line {rows.index(None) + 1} is damaged: delete it, or resume the run, which does")
     table = [[row["step"], row["train/loss"], row["train/skipped"], row["seconds"]] for row in rows if row]
@@ -165,4 +180,5 @@ def read_run(folder: Path) -> RunRecord:
     counts = np.where(np.isfinite(losses), counts, 0) * batch_size
     curve = Curve(edges * batch_size, np.where(counts > 0, losses, 0), counts)
     last_step = _length(config) if metrics is None else metrics["steps"]
-    return RunRecord(config, curve, int(steps[-1]), float(seconds[-1]), metrics, last_step)
+    smoothed = rows[-1].get("train/loss_smoothed") if rows[-1] else None
+    return RunRecord(config, curve, int(steps[-1]), float(seconds[-1]), smoothed, metrics, last_step)

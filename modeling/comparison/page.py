@@ -4,7 +4,6 @@ import base64
 import datetime
 import functools
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from modeling.comparison.charts import Spec, bins_chart, colour_of, line_chart, 
 from modeling.comparison.measure_rows import measure_rows
 from modeling.comparison.page_runs import PageRun, read_page_run, rounded
 from modeling.comparison.references import load_references
+from modeling.comparison.summaries import as_text, differing_keys, telling_keys
 from modeling.run.identity import ROOT
 from modeling.system.errors import UserError
 from modeling.system.files import check_writable, write_atomically
@@ -39,33 +39,11 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {key: [row[key] for row in rows] for key in (rows[0] if rows else {})}
 
 
-def _text(value: Any) -> str:
-    """A configuration's value as it is typed."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _differing(values: list[dict[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all, those that every run has first."""
-    keys = {key for one in values for key in one}
-    differing = [key for key in keys if len({_text(one.get(key)) for one in values}) > 1]
-    return sorted(differing, key=lambda key: (_is_missing(key, values), not key.endswith(".name"), key))
-
-
-def _is_missing(key: str, values: list[dict[str, Any]]) -> bool:
-    return any(one.get(key) is None for one in values)
-
-
-def _telling(values: list[dict[str, Any]]) -> list[str]:
-    """The keys that tell runs apart: a value that some lack follows from another choice, such as the network's."""
-    differing = _differing(values)
-    return [key for key in differing if not _is_missing(key, values)] or differing
-
-
 def _labels(runs: list[PageRun], telling: list[str]) -> list[str]:
     """The name that a run was given, else what tells it from the others, else its folder's."""
     labels = []
     for number, run in enumerate(runs, start=1):
-        parts = [(key.rpartition(".")[2], _text(run.compared.get(key))) for key in telling]
+        parts = [(key.rpartition(".")[2], as_text(run.compared.get(key))) for key in telling]
         short = ", ".join(text if name == "name" else f"{name} {text}" for name, text in parts)
         label = run.name or short or run.folder.resolve().name
         labels.append(f"{number} · {label if len(label) <= 60 else label[:59] + '…'}" if len(runs) > 1 else label)
@@ -78,18 +56,18 @@ def _number(value: float | None, form: str = ".4g") -> str:
 
 def _row(run: PageRun, number: int, label: str, telling: list[str]) -> dict[str, Any]:
     """A run in the table of runs."""
-    record, share, state = run.record, "", "damaged" if run.lines else "just begun"
+    record, share = run.record, ""
     if record is not None:
         done = record.last_step and f" of {record.last_step:,}"
-        share, state = f"{record.step:,}{done or ''}", "finished" if run.metrics else "not finished"
+        share = f"{record.step:,}{done or ''}"
     last = run.lines[-1] if run.lines else {}
     speed = record.curve.edges[-1] / record.seconds if record is not None and record.seconds else None
     return {
         "number": number,
         "label": label,
         "colour": colour_of(number),
-        "values": [_text(run.compared.get(key)) for key in telling],
-        "state": state,
+        "values": [as_text(run.compared.get(key)) for key in telling],
+        "state": run.state,
         "steps": share,
         "loss": _number(last.get("smoothed")),
         "heldout": _number(run.metrics.get("eval/heldout_ema")),
@@ -176,7 +154,7 @@ def _inputs(runs: list[PageRun]) -> list[str]:
 
 def render_page(runs: list[PageRun]) -> str:
     """The page's text."""
-    telling = _telling([run.compared for run in runs])
+    telling = telling_keys([run.compared for run in runs])
     labels = _labels(runs, telling)
     lines = [{"run": number, **line} for number, run in enumerate(runs) for line in run.lines]
     for line in lines:  # a logarithm's axis has no place for others
@@ -185,7 +163,7 @@ def render_page(runs: list[PageRun]) -> str:
     datasets = {"lines": lines, "bins": bins, "band": _bands(runs, lines)}
     steps = {one.step for run in runs for grids in run.grids.values() for one in grids}
     keys = sorted({key for run in runs for key in run.values})
-    changed = _differing([run.values for run in runs])
+    changed = differing_keys([run.values for run in runs])
     charts = _charts(labels, datasets)
     scripts = [_libraries(), (_HERE / "page.js").read_text()]
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
@@ -203,9 +181,9 @@ def render_page(runs: list[PageRun]) -> str:
         has_band=bool(datasets["band"]),
         steps=sorted(steps),
         inputs=_inputs(runs),
-        measures=measure_rows([run.measures for run in runs]),
-        changed=[(key, [_text(run.values.get(key)) for run in runs]) for key in changed],
-        same=[(key, _text(runs[0].values.get(key))) for key in keys if key not in changed],
+        measures=measure_rows([run.numbers for run in runs]),
+        changed=[(key, [as_text(run.values.get(key)) for run in runs]) for key in changed],
+        same=[(key, as_text(runs[0].values.get(key))) for key in keys if key not in changed],
         data={
             "charts": charts,
             "labels": labels,

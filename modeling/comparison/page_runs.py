@@ -10,31 +10,17 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from modeling.comparison.bands import Comparison, compare
-from modeling.comparison.curves import RunRecord, comparable, read_run
-from modeling.comparison.measure_rows import Measured, flatten
+from modeling.comparison.measure_rows import Measured
 from modeling.comparison.references import Reference, choose_reference, command_of
 from modeling.comparison.report import judge
+from modeling.comparison.summaries import RunSummary, read_summary
 from modeling.run.identity import ROOT
 from modeling.system.errors import UserError
-from modeling.system.files import sha256_of
-from modeling.system.reading import read_json, read_json_lines, read_yaml
+from modeling.system.reading import read_json_lines, read_yaml
 
 NUM_POINTS = 250  # of a run's curves, at most: all are in the page
 NUM_GRIDS = 12  # of a run's sample grids, of either weights, at most
 _KINDS = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
-
-
-class _Train(TypedDict):
-    batch_size: int
-
-
-class _Config(TypedDict):
-    seed: int
-    dataset: dict[str, Any]
-    model: dict[str, Any]
-    diffusion: dict[str, Any]
-    optimizer: dict[str, Any]
-    train: _Train
 
 
 _Row = TypedDict(
@@ -59,28 +45,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class PageRun:
+class PageRun(RunSummary):
     """A run as the page shows it.
 
     Args:
-        values: the configuration, dotted key -> value; `compared` is its part that shapes the curves.
-        record: None for a run whose curve cannot be read; `problem` then says why.
-        metrics: what the run measured at its end; empty before it.
         lines: of metrics.jsonl, joined to at most NUM_POINTS.
         is_on_track: beside the nearest reference; None where there is none.
         verdict: the same in words, or why there is none.
         grids: of samples, "ema" and "raw" -> pictures by step.
-        measures: name of the file's record -> its numbers and what they depend on.
+        numbers: name of the file's record -> its numbers and what they depend on.
     """
 
-    folder: Path
-    name: str | None
-    values: dict[str, Any]
-    compared: dict[str, Any]
-    batch_size: int
-    record: RunRecord | None
-    problem: str
-    metrics: dict[str, Any]
     lines: list[dict[str, Any]]
     comparison: Comparison | None
     is_on_track: bool | None
@@ -88,7 +63,7 @@ class PageRun:
     command: str
     grids: dict[str, list[Picture]]
     inputs: list[Picture]
-    measures: list[tuple[str, Measured]]
+    numbers: list[tuple[str, Measured]]
     pictures: list[Picture]
 
 
@@ -142,20 +117,6 @@ def _grids(folder: Path) -> list[Picture]:
     return [picture(path) for path in paths]
 
 
-def _evaluations(folder: Path) -> list[tuple[Path, dict[str, Measured]]]:
-    """What evaluate.py measured of this run's weights, in its folder or in `evaluation/`."""
-    found = {path.resolve() for place in (folder, Path("evaluation")) for path in place.rglob("evaluation.json")}
-    weights = [folder / "model.safetensors", folder / "checkpoints" / "last.pt"]
-    own = {sha256_of(path) for path in weights if path.exists()} if found else set()
-    evaluations = []
-    for path in sorted(found):
-        records = read_json(path, dict[str, Measured])
-        identities = [record["identity"] for record in records.values()]
-        if own & {(one | one.get("samples", {})).get("checkpoint_sha256") for one in identities}:
-            evaluations.append((path.parent, records))
-    return evaluations
-
-
 def _own_measures(config: dict[str, Any], metrics: dict[str, Any]) -> list[tuple[str, Measured]]:
     """The losses at the end of the run, which are comparable for the same images and the same process."""
     values = {key.removeprefix("eval/"): value for key, value in metrics.items() if key.startswith("eval/")}
@@ -169,36 +130,23 @@ def read_page_run(folder: Path, references: dict[str, Reference]) -> PageRun:
     Raises:
         UserError: if it is no run's folder, or one of its files is damaged.
     """
-    try:
-        config: dict[str, Any] = dict(read_yaml(folder / "config.yaml", _Config))
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; expected the folder of a run that has begun") from error
-    record, problem, comparison, is_on_track, verdict = None, "", None, None, ""
-    try:
-        record = read_run(folder)
-        comparison = compare(record, *choose_reference(references, config))
-        is_on_track, verdict = judge(comparison)
-    except UserError as error:  # too early, or nothing to compare with: the page says so
-        problem, verdict = (str(error), "") if record is None else ("", str(error))
-    metrics = dict(record.metrics) if record is not None and record.metrics is not None else {}
-    batch_size = config["train"]["batch_size"]
-    evaluations = _evaluations(folder)
+    summary = read_summary(folder)
+    comparison, is_on_track, verdict = None, None, ""
+    if summary.record is not None:
+        try:
+            comparison = compare(summary.record, *choose_reference(references, summary.config))
+            is_on_track, verdict = judge(comparison)
+        except UserError as error:  # nothing to compare with: the page says so
+            verdict = str(error)
     return PageRun(
-        folder=folder,
-        name=config.get("runtime", {}).get("name"),
-        values=flatten(config),
-        compared=flatten(comparable(config)),
-        batch_size=batch_size,
-        record=record,
-        problem=problem,
-        metrics=metrics,
-        lines=_lines(folder / "metrics.jsonl", batch_size),
+        **vars(summary),
+        lines=_lines(folder / "metrics.jsonl", summary.batch_size),
         comparison=comparison,
         is_on_track=is_on_track,
         verdict=verdict,
-        command=command_of(config, read_yaml(ROOT / "params.yaml", dict[str, Any])),
+        command=command_of(summary.config, read_yaml(ROOT / "params.yaml", dict[str, Any])),
         grids={kind: _grids(folder / "samples" / kind) for kind in ("ema", "raw")},
         inputs=[picture(path) for path in [folder / "samples" / "inputs.png"] if path.exists()],
-        measures=_own_measures(config, metrics) + [item for _, records in evaluations for item in records.items()],
-        pictures=_pictures(folder) + [one for place, _ in evaluations for one in _pictures(place)],
+        numbers=_own_measures(summary.config, summary.metrics) + summary.measures,
+        pictures=_pictures(folder) + [one for place, _ in summary.evaluations for one in _pictures(place)],
     )

@@ -130,6 +130,7 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
 def _carry_out(run: Run) -> None:
     """Trains, samples and measures, from the run's present state to its last file."""
     config, folder = run.config, run.folder.path
+    (folder / "error.txt").unlink(missing_ok=True)
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
     tracker = build_tracker(config, folder, run.state.step, run.folder.wandb_id)
     training = Training(run, tracker)
@@ -143,6 +144,9 @@ def _carry_out(run: Run) -> None:
             values[section][key] = None  # equal runs in two folders: equal files
         export_weights(folder / "model.safetensors", run.ema.module, values)
         run.measure(tracker)
+    except FloatingPointError as error:
+        write_atomically(folder / "error.txt", f"{error}\n".encode())  # else the run would look as if it was stopped
+        raise
     except Stopped as stopped:
         if run.state.step:
             training.save()

@@ -98,10 +98,10 @@ def test_the_page_of_twenty_long_runs_is_under_a_megabyte_and_a_half(write_run, 
 
 def test_a_run_that_has_just_begun_is_in_the_page(write_run, page):
     folder = write_run([], is_finished=False)
-    assert "just begun" in page(folder)
+    assert "<td>stopped</td>" in page(folder)
     assert "its first line comes at step 25" in page(folder)
     (folder / "metrics.jsonl").unlink()
-    assert "just begun" in page(folder)
+    assert "<td>stopped</td>" in page(folder)
     assert tables_of(page(folder, write_run(noisy(0), "other")))["lines"]["run"][0] == 1
 
 

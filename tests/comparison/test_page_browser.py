@@ -164,5 +164,5 @@ def test_a_run_without_a_line_has_a_page_without_charts(opened, write_run):
 def test_a_run_in_progress_is_drawn_beside_one_that_has_just_begun(opened, write_run):
     folders = [write_run(noisy(0)[:3], is_finished=False), write_run([], "begun", is_finished=False, seed=1)]
     with opened(folders) as page:
-        assert page.get_by_text("just begun").is_visible()
+        assert page.get_by_text("its first line comes at step 25").is_visible()
         assert page.locator("canvas").count() == 3  # no losses by timestep yet

@@ -112,10 +112,14 @@ def test_a_plot_that_cannot_be_written_is_found_before_the_comparison(tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected one run to compare, or --html FILE.html"),
-        (["a", "b"], "expected one run to compare, or --html FILE.html"),
+        (["--plot", "a.png"], "--plot needs one run, and no option of the table"),
+        (["a", "b", "--save", "default"], "--save needs one run, and no option of the table"),
+        (["a", "--sort", "seconds", "--plot", "a.png"], "--plot needs one run, and no option of the table"),
+        (["--descending"], "--descending belongs to --sort"),
+        (["--csv", "table.txt"], "expected a name that ends with .csv"),
         (["--html", "page.pdf"], "expected a name that ends with .html"),
         (["a", "--html", "a.html", "--save", "default"], "--html is a page of its own"),
+        (["--html", "a.html", "--sort", "seconds"], "--html is a page of its own"),
     ],
 )
 def test_arguments_that_do_not_fit_are_rejected(monkeypatch, capsys, arguments, message):

@@ -28,7 +28,9 @@ def test_a_run_that_crashed_resumes_to_the_same_result(tiny, straight, monkeypat
     assert Path("stopped/checkpoints/last.pt").exists() == (stop_at >= 5)
     with Path("stopped/metrics.jsonl").open("ab") as file:
         file.write(b'\0\0{"step": 9}\n')  # as a power failure may leave it
+    Path("stopped/error.txt").write_text("why it ended before\n")
     assert equal(train(tiny(), "stopped"), straight)
+    assert not Path("stopped/error.txt").exists()
 
 
 @pytest.mark.slow

@@ -190,5 +190,6 @@ def test_an_absurd_learning_rate_ends_the_run_with_finite_checkpoints(tiny, caps
     with ends_in_error(capsys, "not finite"):
         train(tiny(*options, "optimizer=sgd", "optimizer.max_grad_norm=null", "train.checkpoint_every=1"), "bad")
     assert not Path("bad/metrics.json").exists()
+    assert Path("bad/error.txt").read_text().startswith("the loss or its gradient was not finite in 3 steps in a row")
     for path in Path("bad/checkpoints").iterdir():
         load_checkpoint(path)  # rejects what is not finite

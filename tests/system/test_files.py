@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from modeling.system.errors import UserError
-from modeling.system.files import LockedError, check_writable, locked, remove_partial_files, write_atomically
+from modeling.system.files import (
+    LockedError,
+    check_writable,
+    is_locked,
+    locked,
+    remove_partial_files,
+    write_atomically,
+)
 from tests.helpers import ROOT, inject
 
 FAULTS = {"write": "ENOSPC", "fsync": "EIO", "replace": "EACCES", "open": "EROFS"}
@@ -92,8 +99,10 @@ def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path, kind):
     with hold(path, kind) as process:
         with pytest.raises(LockedError, match=f"process {process.pid} is working there"), locked(path):
             pass
+        assert is_locked(path)
         process.kill()
         process.wait()
+        assert not is_locked(path)
         with locked(path):
             assert path.read_text() == f"{os.getpid()}\n"
 

@@ -1,0 +1,150 @@
+"""What a run's folder says of the run, for the table and for the page: state, configuration, results and measures."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from modeling.comparison.curves import RunRecord, TooEarlyError, comparable, read_run
+from modeling.comparison.measure_rows import Measured, flatten
+from modeling.system.errors import UserError
+from modeling.system.files import is_locked, sha256_of
+from modeling.system.reading import read_json, read_yaml
+
+
+class _Train(TypedDict):
+    batch_size: int
+
+
+class _Config(TypedDict):
+    seed: int
+    dataset: dict[str, Any]
+    model: dict[str, Any]
+    diffusion: dict[str, Any]
+    optimizer: dict[str, Any]
+    train: _Train
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run, whatever has become of it.
+
+    Args:
+        name: the one that it was given, `runtime.name`.
+        state: finished, running, stopped, failed (by its own numbers) or damaged.
+        problem: why it failed, or why its curve cannot be read; empty for most.
+        values: the configuration, dotted key -> value; `compared` is its part that shapes the curves.
+        record: None where the curve cannot be read, or has not begun.
+        metrics: what the run measured at its end; empty before it.
+        evaluations: folder and content of each evaluation.json of this run's weights.
+    """
+
+    folder: Path
+    name: str | None
+    state: str
+    problem: str
+    config: dict[str, Any]
+    values: dict[str, Any]
+    compared: dict[str, Any]
+    record: RunRecord | None
+    metrics: dict[str, Any]
+    evaluations: list[tuple[Path, dict[str, Measured]]]
+
+    @property
+    def batch_size(self) -> int:
+        return self.config["train"]["batch_size"]
+
+    @property
+    def measures(self) -> list[tuple[str, Measured]]:
+        """Name -> numbers of what was evaluated."""
+        return [item for _, records in self.evaluations for item in records.items()]
+
+
+def find_runs(root: Path) -> list[Path]:
+    """The folders of runs in a folder, at any depth, such as those of a search."""
+    found = []
+    for path, folders, files in os.walk(root):
+        if "config.yaml" in files:
+            found.append(Path(path))
+            folders.clear()
+    return sorted(found)
+
+
+def _evaluations(folder: Path) -> list[tuple[Path, dict[str, Measured]]]:
+    """What evaluate.py measured of this run's weights, in its folder or in `evaluation/`."""
+    found = {path.resolve() for place in (folder, Path("evaluation")) for path in place.rglob("evaluation.json")}
+    weights = [folder / "model.safetensors", folder / "checkpoints" / "last.pt"]
+    own = {sha256_of(path) for path in weights if path.exists()} if found else set()
+    evaluations = []
+    for path in sorted(found):
+        records = read_json(path, dict[str, Measured])
+        identities = [record["identity"] for record in records.values()]
+        if own & {(one | one.get("samples", {})).get("checkpoint_sha256") for one in identities}:
+            evaluations.append((path.parent, records))
+    return evaluations
+
+
+def read_summary(folder: Path) -> RunSummary:
+    """What a run's folder holds, finished or just begun.
+
+    Raises:
+        UserError: if it is no run's folder, or its configuration or an evaluation is damaged.
+    """
+    try:
+        config: dict[str, Any] = dict(read_yaml(folder / "config.yaml", _Config))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; expected the folder of a run that has begun") from error
+    record, state, problem, failure = None, "stopped", "", folder / "error.txt"
+    try:
+        record = read_run(folder)
+    except TooEarlyError as error:
+        problem = str(error)
+    except UserError as error:
+        state, problem = "damaged", str(error)
+    metrics = dict(record.metrics) if record is not None and record.metrics is not None else {}
+    if is_locked(folder / "lock"):
+        state = "running"
+    elif metrics:
+        state = "finished"
+    elif state != "damaged" and failure.exists():
+        state, problem = "failed", failure.read_text(errors="replace").strip()
+    return RunSummary(
+        folder=folder,
+        name=config.get("runtime", {}).get("name"),
+        state=state,
+        problem=problem,
+        config=config,
+        values=flatten(config),
+        compared=flatten(comparable(config)),
+        record=record,
+        metrics=metrics,
+        evaluations=_evaluations(folder),
+    )
+
+
+# ---- what differs between runs
+
+
+def as_text(value: Any) -> str:
+    """A configuration's value as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _is_missing(key: str, values: list[dict[str, Any]]) -> bool:
+    return any(one.get(key) is None for one in values)
+
+
+def differing_keys(values: list[dict[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all, those that every run has first."""
+    keys = {key for one in values for key in one}
+    differing = [key for key in keys if len({as_text(one.get(key)) for one in values}) > 1]
+    return sorted(differing, key=lambda key: (_is_missing(key, values), not key.endswith(".name"), key))
+
+
+def telling_keys(values: list[dict[str, Any]]) -> list[str]:
+    """The keys that tell runs apart: a value that some lack follows from another choice, such as the network's."""
+    differing = differing_keys(values)
+    return [key for key in differing if not _is_missing(key, values)] or differing
