@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WITHOUT_GIT := $(if $(wildcard .git),,.dvc/config.local)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train report record encoder test test-isa test-faults test-long mutants bench check check-lock clean
+.PHONY: help demo train report experiments record encoder test test-isa test-faults test-long mutants bench check check-lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ train: .venv/installed $(WITHOUT_GIT) ## CIFAR-10: the recorded pipeline (dvc re
 
 report: .venv/installed ## all runs under runs/ beside each other: report.html, a page that needs no network
 	$(BIN)/python report.py --html report.html
+
+experiments: .venv/installed ## recorded experiments beside each other: losses, seconds and the values that differ
+	@$(BIN)/dvc exp show --no-pager --only-changed --drop \
+	    'Created|eval/(train|heldout_raw)|images|memory|parameters|steps|skipped'
 
 record: train ## after a change of what a stage computes: the recorded run again, and what to commit
 	@git status --short -- dvc.lock outputs

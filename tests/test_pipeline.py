@@ -200,13 +200,22 @@ def recorded(repository: Path) -> dict:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_experiments_train_with_the_values_they_record(repository):
+def test_experiments_train_with_the_values_they_record_and_are_shown_side_by_side(repository, monkeypatch):
     command("dvc", "exp", "run", "-q", "-S", "optimizer.lr=0.003", "-S", "train.batch_size=8", cwd=repository)
     found = recorded(repository)
     assert found["lr"] == (0.003, 0.003)
     assert found["trained"]["train"]["batch_size"] == found["lock"]["train"]["batch_size"] == 8
     diff = json.loads(command("dvc", "metrics", "diff", "--json", cwd=repository))
     assert diff["outputs/metrics.json"]["eval/heldout_ema"]["diff"] != 0
+    lines = command("dvc", "metrics", "diff", cwd=repository).splitlines()
+    assert len(lines) <= 15
+    assert max(map(len, lines)) <= 100
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = command("make", "-s", "-o", ".venv/installed", f"BIN={BIN}", "experiments", cwd=repository)
+    header = next(line.split() for line in shown.splitlines() if "Experiment" in line)
+    assert header == [
+        "Experiment", "eval/heldout_ema", "train/loss_smoothed", "seconds", "optimizer.lr", "train.batch_size",
+    ]  # fmt: skip
     command("dvc", "exp", "run", "-q", "-S", "optimizer=sgd", "-S", "train.num_epochs=1", cwd=repository)
     found = recorded(repository)
     assert found["trained"]["optimizer"]["name"] == found["lock"]["optimizer"]["name"] == "sgd"

@@ -213,14 +213,16 @@ class Run:
             **self.environment,
         }
         write_json(self.folder.path / "details.json", details)
-        metrics = losses | {
+        metrics = {  # `dvc exp show` keeps the order
+            "eval/heldout_ema": losses["eval/heldout_ema"],
             "train/loss_smoothed": self.state.loss_smoothed,
+            "seconds": self.state.seconds,
+            "images_per_second": num_images / self.state.seconds,
+            **losses,
             "steps": self.state.step,
             "skipped_steps": self.state.num_skipped,
             "images": num_images,
             "parameters": self.num_parameters,
-            "seconds": self.state.seconds,
-            "images_per_second": num_images / self.state.seconds,
             "memory_bytes": peak_memory_bytes(),
         }
         write_json(self.folder.metrics_path, metrics)
