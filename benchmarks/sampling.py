@@ -39,7 +39,7 @@ def our_sampling(overrides: list[str], batch_size: int, *, has_fast_layers: bool
     device, precision = build.build_runtime(config.runtime)
     eps_model = build.build_eps_model(config.model) if has_fast_layers else plain_network(config)
     flops = network_flops(eps_model, with_gradient=False)
-    model = place(build.build_diffusion(config, eps_model), device)
+    model = place(build.build_diffusion(config.diffusion, eps_model), device)
 
     def run(num_steps: int) -> None:
         sampler = Sampler(num_steps=num_steps)

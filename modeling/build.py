@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling import IMAGE_CHANNELS
-from modeling.config import Config, Machine, Model, Optimizer
+from modeling.config import Config, Diffusion, Machine, Model, Optimizer, Trained
 from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
@@ -47,10 +47,10 @@ def build_eps_model(section: Model) -> nn.Module:
 def build_model(config: Config) -> DiffusionModel:
     """Builds the diffusion model on the CPU, with weights drawn from the run's seed."""
     torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
-    return build_diffusion(config, build_eps_model(config.model))
+    return build_diffusion(config.diffusion, build_eps_model(config.model))
 
 
-def build_trained_model(config: Config, weights: dict[str, Tensor]) -> DiffusionModel:
+def build_trained_model(config: Trained, weights: dict[str, Tensor]) -> DiffusionModel:
     """Builds the diffusion model on the CPU, with these weights.
 
     Raises:
@@ -66,14 +66,13 @@ def build_trained_model(config: Config, weights: dict[str, Tensor]) -> Diffusion
             f"the weights do not fit {config.model}: {name} is {found.get(name, 'missing')}, "
             f"expected {expected.get(name, 'nothing of that name')}"
         )
-    model = build_model(config)
+    model = build_diffusion(config.diffusion, build_eps_model(config.model))
     model.eps_model.load_state_dict(weights)
     return model
 
 
-def build_diffusion(config: Config, eps_model: nn.Module) -> DiffusionModel:
+def build_diffusion(section: Diffusion, eps_model: nn.Module) -> DiffusionModel:
     """Builds the configured diffusion process around an eps model."""
-    section = config.diffusion
     if section.schedule == "cosine":
         betas = cosine_betas(section.num_timesteps)
     else:

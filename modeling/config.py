@@ -185,6 +185,23 @@ class Config(Section):
         return self
 
 
+class Trained(Section):
+    """What sampling needs of the configuration in a model file, whose other sections may be another version's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: Model
+    diffusion: Diffusion
+
+
+class TrainedOn(Section):
+    """The data of such a configuration."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    dataset: Dataset
+
+
 def _line(error: ErrorDetails, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":

@@ -104,7 +104,7 @@ def hostile(config: dict) -> dict:
     """Configurations that an attacker might put into a file with weights."""
     return {
         "names code": config | {"model": config["model"] | {"_target_": "os.system"}},
-        "reads the environment": config | {"wandb": config["wandb"] | {"name": 3, "project": "${oc.env:HOME}"}},
+        "reads the environment": config | {"diffusion": config["diffusion"] | {"schedule": "${oc.env:HOME}"}},
         "takes all memory": config | {"model": config["model"] | {"hidden_size": 4096, "multipliers": [64] * 6}},
         "takes forever": config | {"model": config["model"] | {"num_blocks": 10**9}},
         "is none": {"a": 1},
@@ -118,7 +118,7 @@ def hostile(config: dict) -> dict:
     [
         pytest.param("names code", "_target_", marks=pytest.mark.long),
         ("takes all memory", "the weights do not fit"),
-        pytest.param("reads the environment", "wandb.name=3", marks=pytest.mark.long),
+        pytest.param("reads the environment", "diffusion.schedule=${oc.env:HOME}: input", marks=pytest.mark.long),
         pytest.param("takes forever", "num_blocks", marks=pytest.mark.long),
         pytest.param("is none", "is no trained model of this project", marks=pytest.mark.long),
     ],

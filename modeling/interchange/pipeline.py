@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
 from modeling.checkpoint import CheckpointError, export_weights, load_tensors, load_weights
-from modeling.config import Config, parse
+from modeling.config import Config, Trained, parse
 from modeling.interchange.network import from_diffusers, to_diffusers, unet_arguments
 from modeling.interchange.scheduler import diffusion_arguments, scheduler_config
 from modeling.system.errors import UserError
@@ -35,7 +35,7 @@ def write_pipeline(checkpoint: Path, folder: Path) -> None:
     """
     stored, weights = load_weights(checkpoint)
     with reading(checkpoint, "trained model of this project"):
-        config = parse(stored, Config)
+        config = parse(stored, Trained)
     if config.model.name != "ddpm":
         raise UserError(f"model.name must be ddpm for diffusers, got {config.model.name}")
     process = config.diffusion.model_dump(include={"num_timesteps", "schedule", "betas", "prediction"})
@@ -93,6 +93,6 @@ def read_pipeline(folder: Path, out: Path, config: Config) -> None:
             if (found := arguments.pop(key)) != expected:
                 raise UserError(f"{key} must be {expected}, got {found}")
         values["model"] = {"name": "ddpm", **arguments}
-        config = parse(values, Config)
+        trained = parse(values, Trained)
     _, weights = from_diffusers(unet, _read_weights(path.parent))
-    export_weights(out, build.build_trained_model(config, weights).eps_model, values)
+    export_weights(out, build.build_trained_model(trained, weights).eps_model, values)

@@ -3,9 +3,11 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from modeling.config import TrainedOn, parse
 from modeling.data import load_images
 from modeling.images import save_grid
 from modeling.measures.resumable import as_stored
@@ -14,6 +16,7 @@ from modeling.measures.trained import LINEAR, TrainedModel, fit_linear, load_tra
 from modeling.options import REPOSITORY, EvaluateConfig
 from modeling.stage import load_manifest
 from modeling.system.files import sha256_of
+from modeling.system.reading import reading
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,16 @@ def default_data(folder: Path) -> Path:
     return folder if folder.exists() else REPOSITORY / folder
 
 
+def stored_data(checkpoint: str, stored: dict[str, Any]) -> Path:
+    """The folder of the data that a checkpoint was trained on.
+
+    Raises:
+        UserError: if its configuration does not name one.
+    """
+    with reading(checkpoint, "file that names its data", "name it yourself, as data=FOLDER"):
+        return default_data(parse(stored, TrainedOn).dataset.folder)
+
+
 def load_subject(options: EvaluateConfig) -> Subject:
     """The model, data and samples that the options name.
 
@@ -105,6 +118,6 @@ def load_subject(options: EvaluateConfig) -> Subject:
         data = load_data(default_data(Path("data/cifar10")) if options.data is None else Path(options.data))
         trained = fit_linear(options, data.train, data.identity["train_sha256"])
     else:
-        trained, config = load_trained(options)
-        data = load_data(default_data(config.dataset.folder) if options.data is None else Path(options.data))
+        trained, stored = load_trained(options)
+        data = load_data(stored_data(options.checkpoint, stored) if options.data is None else Path(options.data))
     return Subject(trained, data, Samples(trained, options), options)

@@ -3,13 +3,14 @@
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
 from modeling.checkpoint import load_weights
-from modeling.config import Config, parse
+from modeling.config import Trained, parse
 from modeling.diffusion import DiffusionModel
 from modeling.images import to_model_range, to_uint8
 from modeling.measures.linear_denoiser import fit_linear_denoiser
@@ -89,8 +90,8 @@ class TrainedModel:
             )
 
 
-def load_trained(options: Sampling) -> tuple[TrainedModel, Config]:
-    """The model of a checkpoint, and the configuration it was trained with.
+def load_trained(options: Sampling) -> tuple[TrainedModel, dict[str, Any]]:
+    """The model of a checkpoint, and the configuration it was trained with, of which model and diffusion are checked.
 
     Raises:
         CheckpointError: for a file that is damaged or no checkpoint.
@@ -105,9 +106,9 @@ def load_trained(options: Sampling) -> tuple[TrainedModel, Config]:
     if sha256_of(path) != digest:
         raise UserError(f"checkpoint={path}: was replaced by a run while it was read: try again")
     with reading(path, "trained model of this project"):
-        config = parse(stored, Config)
+        config = parse(stored, Trained)
     identity = {"checkpoint": path.name, "checkpoint_sha256": digest, "weights": options.weights}
-    return TrainedModel(options, build.build_trained_model(config, weights), identity), config
+    return TrainedModel(options, build.build_trained_model(config, weights), identity), stored
 
 
 def fit_linear(options: Sampling, images: Tensor, images_sha256: str) -> TrainedModel:

@@ -60,7 +60,7 @@ class Run:
         self.batches = build.build_batches(config, self.images["train"], self.device)
         self.model = place(build.build_model(config), self.device)
         self.ema = Ema(self.model.eps_model, config.train.ema_decay)
-        self.ema_model = build.build_diffusion(config, self.ema.module).to(self.device)
+        self.ema_model = build.build_diffusion(config.diffusion, self.ema.module).to(self.device)
         self.optimizer = build.build_optimizer(config.optimizer, self.model)
         if config.runtime.compile:
             self.model.eps_model.compile()

@@ -11,7 +11,7 @@ import evaluate
 from modeling.data import load_images
 from modeling.evaluation import bits_per_dim
 from modeling.heldout import denoising_loss
-from modeling.measures.subject import default_data
+from modeling.measures.subject import default_data, stored_data
 from modeling.measures.trained import load_trained
 from modeling.system.files import sha256_of
 from tests.helpers import ROOT
@@ -23,8 +23,8 @@ def test_every_number_is_the_librarys_with_its_identity(finished_run, measure, e
     record = measure()
     checkpoint = finished_run / "checkpoints" / "last.pt"
     options = compose_config(f"checkpoint={checkpoint}", "precision=fp32", "num_steps=4", name="evaluate")
-    trained, config = load_trained(evaluate.parse(options, evaluate.EvaluateConfig))
-    folder = Path(config.dataset.root) / "shapes"
+    trained, stored = load_trained(evaluate.parse(options, evaluate.EvaluateConfig))
+    folder = stored_data(str(checkpoint), stored)
     test = load_images(folder, "test", json.loads((folder / "manifest.json").read_text()))
 
     for name in ("bits_per_dim", "heldout_loss"):
