@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WITHOUT_GIT := $(if $(wildcard .git),,.dvc/config.local)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train report experiments record encoder test test-isa test-faults test-long mutants bench check check-lock clean
+.PHONY: help demo train report experiments record encoder configuration test test-isa test-faults test-long mutants bench check check-lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ check: .venv/dev ## style, types and spelling
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/codespell
+
+configuration: .venv/dev ## write docs/configuration.md: every key, from modeling/config.py and modeling/options.py
+	$(BIN)/python -m tests.configuration_page
 
 check-lock: .venv/installed $(WITHOUT_GIT) ## dvc.lock is true: code and values are those of the recorded run (needs no data)
 	@if $(BIN)/dvc repro --allow-missing --dry 2>&1 | grep -q "^Data and pipelines are up to date"; \

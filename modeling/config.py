@@ -1,57 +1,35 @@
-"""The configuration's schema: every key of `params.yaml`, its type, range and meaning. Imports no torch.
+"""The configuration's schema: every key of `params.yaml`, its type, range and meaning. Imports no torch."""
 
-What leaves `parse` is frozen and valid.
-"""
-
-import os
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modeling import IMAGE_SIZE
-from modeling.system.credentials import masked
-from modeling.system.errors import UserError
-from modeling.system.overrides import known_keys, nearest, override
+from modeling.system.values import PathText, PositiveInt, SchemaType, Seconds, Section, Seed, Text, checked
 
-SchemaType = TypeVar("SchemaType", bound=BaseModel)
-
-PositiveInt = Annotated[int, Field(gt=0)]
 HiddenSize = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0, le=1e9)]  # 30 years; the system's timers end somewhere above
-Text = Annotated[str, Field(min_length=1)]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # `~` is the home folder
-
-_MISSING = "missing, expected a value"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    def _require(self, choice: str, keys: tuple[str, ...], needed: tuple[str, ...]) -> None:
-        """Of the keys that depend on a choice, those that it needs must have a value and the others must be null."""
-        for key in needed:
-            if getattr(self, key) is None:
-                raise ValueError(f"{key} needs a value with {choice}")
-        for key in keys:
-            if key not in needed and (value := getattr(self, key)) is not None:
-                raise ValueError(f"{key} must be null with {choice}, got {value}")
 
 
 class Dataset(Section):
     name: Literal["cifar10", "shapes", "folder"]
-    root: PathText  # the prepared data is in <root>/<name>/
-    archive: PathText | None  # cifar10: the archive, or its unpacked folder; a missing one is downloaded
-    urls: list[Text] | None  # cifar10: addresses of the archive, tried in turn
-    pictures: PathText | None  # folder: the pictures, at any depth of this folder
-    skip_unusable: bool | None = None  # folder: goes on without pictures that cannot be used; older files lack the key
-    num_images: PositiveInt | None  # training images; null: all of the archive or the pictures, or 20,000 shapes
-    seed: Annotated[int, Field(ge=0)] | None  # shapes: which ones are drawn
+    """The training images: CIFAR-10's photographs, drawn shapes, or the pictures of a folder."""
+    root: PathText
+    """The prepared data is in <root>/<name>/."""
+    archive: PathText | None
+    """cifar10: the archive, or its unpacked folder; a missing one is downloaded to this place."""
+    urls: list[Text] | None
+    """cifar10: addresses of the archive, tried in turn."""
+    pictures: PathText | None
+    """folder: the pictures, at any depth of this folder."""
+    skip_unusable: bool | None = None  # which older files lack
+    """folder: go on without pictures that cannot be used, instead of an error."""
+    num_images: PositiveInt | None
+    """Number of training images; null: all 50,000 of cifar10, all pictures of folder, 20,000 shapes."""
+    seed: Annotated[int, Field(ge=0)] | None
+    """shapes: which ones are drawn."""
 
     @property
     def folder(self) -> Path:
@@ -69,12 +47,18 @@ class Dataset(Section):
 
 
 class Model(Section):
-    name: Literal["unet", "ddpm"]  # the assignment's, the paper's
-    hidden_size: HiddenSize  # base width
-    multipliers: list[Annotated[int, Field(gt=0, le=64)]] | None  # ddpm: width of each level in units of hidden_size
-    num_blocks: Annotated[int, Field(gt=0, le=100)] | None  # ddpm: residual blocks a level
-    attention_resolutions: list[PositiveInt] | None  # ddpm: heights with attention; the middle always has it
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None  # ddpm
+    name: Literal["unet", "ddpm"]
+    """The network: the course assignment's, or the design of Ho et al. 2020."""
+    hidden_size: HiddenSize
+    """Base width, in channels."""
+    multipliers: list[Annotated[int, Field(gt=0, le=64)]] | None
+    """ddpm: width of each level in units of hidden_size; 1 to 6 levels, each half as high as the one before."""
+    num_blocks: Annotated[int, Field(gt=0, le=100)] | None
+    """ddpm: residual blocks a level."""
+    attention_resolutions: list[PositiveInt] | None
+    """ddpm: heights with attention, in pixels (of 32, 16, 8, ...); the middle always has it."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None
+    """ddpm: probability with which a value is set to 0 in training."""
 
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
@@ -91,11 +75,16 @@ class Model(Section):
 
 
 class Diffusion(Section):
-    num_timesteps: PositiveInt  # T
+    num_timesteps: PositiveInt
+    """T, the length of the chain. With fewer than 1000, scale betas by 1000/T."""
     schedule: Literal["linear", "cosine"]
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)] | None  # linear: beta_1 and beta_T
-    prediction: Literal["eps", "x_0", "v"]  # what the network predicts
-    weighting: Literal["uniform", "min_snr_5"]  # of the loss at each timestep
+    """How beta grows with the timestep: as in Ho et al. 2020, or in Nichol & Dhariwal 2021."""
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    """linear: beta_1 and beta_T, where 0 < beta_1 < beta_T < 1."""
+    prediction: Literal["eps", "x_0", "v"]
+    """What the network predicts: the noise, the clean image, or a mixture of both."""
+    weighting: Literal["uniform", "min_snr_5"]
+    """Of the loss at each timestep: all the same, or by the signal-to-noise ratio, cut at 5."""
 
     @model_validator(mode="after")
     def _fits_schedule(self) -> Self:
@@ -109,12 +98,19 @@ class Diffusion(Section):
 
 class Optimizer(Section):
     name: Literal["adam", "adamw", "sgd"]
+    """Algorithm that updates the weights."""
     lr: Annotated[float, Field(ge=0)]
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None  # sgd
-    weight_decay: Annotated[float, Field(ge=0)] | None  # adamw
-    lr_schedule: Literal["constant", "cosine"]  # cosine: down to 0 at the last step
-    warmup_steps: Annotated[int, Field(ge=0)]  # linear, from 0; cut to the run
-    max_grad_norm: Annotated[float, Field(gt=0)] | None  # null: no clipping
+    """Learning rate, after the warm-up."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None
+    """sgd: share of the last update that is kept."""
+    weight_decay: Annotated[float, Field(ge=0)] | None
+    """adamw: strength of the decay of weights."""
+    lr_schedule: Literal["constant", "cosine"]
+    """The learning rate after the warm-up; cosine: down to 0 at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps in which the learning rate grows linearly from 0; cut to the run."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None
+    """A longer gradient is scaled to this norm; null: no clipping."""
 
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
@@ -125,49 +121,79 @@ class Optimizer(Section):
 
 class Train(Section):
     num_epochs: PositiveInt
-    max_steps: PositiveInt | None  # training ends at the earlier of the two
+    """Length of the training, in passes over the training images."""
+    max_steps: PositiveInt | None
+    """Length in steps; training ends at the earlier of the two. null: num_epochs alone counts."""
     batch_size: PositiveInt
+    """Images a step; at most as many as there are training images."""
     random_flip: bool
+    """Mirror each training image with probability 1/2."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
-    log_every: PositiveInt  # steps
-    checkpoint_every: PositiveInt  # steps
-    max_skipped_in_row: PositiveInt  # steps whose loss or gradient is not finite, before the run ends with an error
-    sample_every: PositiveInt  # epochs
-    num_samples: PositiveInt  # images in a grid
-    sample_steps: PositiveInt  # of a grid (cut to num_timesteps), ancestral, small variance, x_0 clipped
-    num_eval_images: PositiveInt  # of each split, for the losses at the end (cut to what there is)
+    """Of the averaged weights, a step: nearer to 1 is a longer average."""
+    log_every: PositiveInt
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: PositiveInt
+    """Steps between two checkpoints."""
+    max_skipped_in_row: PositiveInt
+    """Steps in a row whose loss or gradient is not finite, before the run ends with an error."""
+    sample_every: PositiveInt
+    """Epochs between two grids of samples."""
+    num_samples: PositiveInt
+    """Images in a grid."""
+    sample_steps: PositiveInt
+    """Steps of a grid's sampler (cut to num_timesteps): ancestral, small variance, x_0 clipped."""
+    num_eval_images: PositiveInt
+    """Images of each split for the losses at the end (cut to what there is)."""
 
 
 class Machine(Section):
-    device: Literal["auto", "cpu", "cuda", "mps"]  # auto: cuda, else mps, else cpu
-    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware computes in it, else fp32
-    deterministic: bool  # CUDA: the same bits every time, at some cost; the CPU always is
-    num_threads: PositiveInt | None  # CPU; null: one for each available CPU; 1 beside other work (docs/speed.md)
-    keep_freed_memory: bool  # CPU, Linux: the allocator gives nothing back to the system, which is much faster
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    """What computes; auto: cuda if available, else mps, else cpu."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Of the network; auto: bf16 where the hardware computes in it, else fp32."""
+    deterministic: bool
+    """CUDA: the same bits every time, at some cost; the CPU always gives the same."""
+    num_threads: PositiveInt | None
+    """CPU: threads; null: one for each available CPU; 1 is best beside other work (docs/speed.md)."""
+    keep_freed_memory: bool
+    """CPU, Linux: the allocator gives nothing back to the system, which is much faster."""
 
 
 class Runtime(Machine):
-    name: RunName | None = None  # the run's own, in its folder, in tables and in W&B; older files lack the key
+    name: RunName | None = None  # older files lack the key
+    """The run's own name, in its folder, in tables and in W&B; null: made of what the run is."""
     compile: bool
-    micro_batch_size: PositiveInt | None  # at most so many images go through the network at a time; null: by the device
+    """Compile the network with torch.compile: a slow start, then faster steps."""
+    micro_batch_size: PositiveInt | None
+    """At most so many images go through the network at a time; null: chosen by the device."""
     num_workers: Annotated[int, Field(ge=0, le=64)]
-    output_dir: PathText | None  # the run's folder; null: runs/<name, or what the run is>-<hash>
-    resume: PathText  # auto: from the folder's newest checkpoint; never: from zero; or a checkpoint to start from
-    max_seconds: Seconds | None  # then the run saves its state and ends, to be continued by the same command
-    checkpoint_seconds: Seconds | None  # saves after so long even if checkpoint_every is not reached
-    keep_checkpoints: PositiveInt  # the newest ones
+    """Processes that make batches; 0: the training process does. No result depends on it."""
+    output_dir: PathText | None
+    """The run's folder; null: runs/<runtime.name, or what the run is>-<hash>."""
+    resume: PathText
+    """auto: from the folder's newest checkpoint; never: from scratch; or a checkpoint's path, to start from."""
+    max_seconds: Seconds | None
+    """Seconds after which the run saves its state and ends; the same command resumes it. null: no limit."""
+    checkpoint_seconds: Seconds | None
+    """Seconds after which it saves even if checkpoint_every is not reached; null: not by time."""
+    keep_checkpoints: PositiveInt
+    """How many checkpoints are kept, the newest ones."""
 
 
 class Wandb(Section):
     mode: Literal["offline", "online", "disabled"]
+    """Weights & Biases: log into the run's folder, to the server (after `wandb login`), or not at all."""
     project: Text
-    name: Text | None  # null: runtime.name, or else the run folder's
+    """Name of the project there."""
+    name: Text | None
+    """Name of the run there; null: runtime.name, or else the run folder's."""
 
 
 class Config(Section):
     """All of `params.yaml`."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: Seed
+    """Of the weights, the order of the data, flips, timesteps and noise; not of the data set."""
     dataset: Dataset
     model: Model
     diffusion: Diffusion
@@ -202,49 +228,13 @@ class TrainedOn(Section):
     dataset: Dataset
 
 
-def _line(error: ErrorDetails, schema: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key; the nearest known one is {nearest(key, [*known_keys(schema)])}"
-    if error["type"] == "missing":
-        return f"{key}: {_MISSING}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error" and isinstance(error["input"], (dict, BaseModel)):
-        return f"{key}: {message}" if key else message  # a check across keys names the values itself
-    line = f"{key}={error['input']}: {message[0].lower()}{message[1:]}"
-    is_number = error["type"] == "string_type" and type(error["input"]) in (int, float)
-    return f"{line}; as text it is written {override(key, str(error['input']))}" if is_number else line
-
-
-def _reject_secrets(values: object, key: str = "") -> None:
-    """A value is written into files that people share, so none may be an API key; it is not repeated in the error."""
-    if isinstance(values, dict):
-        for name, value in values.items():
-            _reject_secrets(str(name), key)
-            _reject_secrets(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(values, list):
-        for value in values:
-            _reject_secrets(value, key)
-    elif isinstance(values, str) and masked(values) != values:
-        raise UserError(f"{key}: looks like an API key, which runs write into their files: use `wandb login`")
-
-
 def parse(values: DictConfig | ListConfig | dict, schema: type[SchemaType] = Config) -> SchemaType:
     """Checks composed values against the schema.
 
     Raises:
         UserError: one line for each error, with the key, what was got and what was expected.
     """
-    try:
-        is_plain = isinstance(values, dict)
-        plain = values if is_plain else OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
-        _reject_secrets(plain)
-        return schema.model_validate(plain)
-    except OmegaConfBaseException as error:
-        is_missing = isinstance(error, MissingMandatoryValue)
-        raise UserError(f"{error.full_key}: {_MISSING if is_missing else str(error).splitlines()[0]}") from error
-    except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_line(entry, schema) for entry in error.errors()))) from error
+    return checked(values, schema)
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -5,10 +5,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modeling.config import Config, HiddenSize, Machine, PathText, PositiveFloat, PositiveInt, Section, Text
+from modeling.config import Config, HiddenSize, Machine
 from modeling.system.errors import UserError
 from modeling.system.files import check_writable
 from modeling.system.overrides import known_keys, nearest
+from modeling.system.values import PathText, PositiveFloat, PositiveInt, Section, Seed, Text
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # where the files that a script takes by default are
 
@@ -34,17 +35,28 @@ def weights_file(checkpoint: Path, weights: str = "ema") -> Path:
 class Sampling(Machine):
     """A trained model and how images are drawn from it."""
 
-    checkpoint: PathText  # model.safetensors, a full checkpoint (.pt), or the run's folder
-    weights: Literal["ema", "raw"]  # raw: the plain weights, which only a full checkpoint holds
+    checkpoint: PathText
+    """model.safetensors, a full checkpoint (.pt), or the run's folder; of evaluate.py also linear or gaussian."""
+    weights: Literal["ema", "raw"]
+    """The averaged weights, or the plain ones, which only a full checkpoint holds."""
     num_images: PositiveInt
-    batch_size: PositiveInt | None  # images at a time; results depend on it by rounding only; null: 64, on CUDA 512
+    """How many images are drawn."""
+    batch_size: PositiveInt | None
+    """Images at a time; results depend on it by rounding only. null: 64, on CUDA 512."""
     sampler: Literal["ancestral", "ddim", "dpm_solver"]
-    num_steps: PositiveInt | None  # network evaluations; null: every timestep
-    variance: Literal["large", "small"] | None  # ancestral; null: small
-    eta: Annotated[float, Field(ge=0, le=1)] | None  # ddim; null: 0
+    """How images are drawn: Algorithm 2 of Ho et al. 2020, DDIM, or DPM-Solver++(2M)."""
+    num_steps: PositiveInt | None
+    """Network evaluations for each image, at most the model's T; null: T."""
+    variance: Literal["large", "small"] | None
+    """ancestral: sigma^2 is beta (large) or the posterior's (small); null: small."""
+    eta: Annotated[float, Field(ge=0, le=1)] | None
+    """ddim: share of fresh noise, from none to that of ancestral; null: 0."""
     clip_x0: bool
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """Clip the predicted x_0 to [-1, 1] at each step."""
+    seed: Seed
+    """Of the noise; image i is a function of checkpoint, sampler, seed and i."""
     overwrite: bool
+    """Replace an output that exists."""
 
     @model_validator(mode="after")
     def _fits_sampler(self) -> Self:
@@ -57,9 +69,10 @@ class Sampling(Machine):
 class SampleConfig(Sampling):
     """All of `conf/sample.yaml`."""
 
-    out: PathText  # *.png: one picture; *.npz: all images in an array; else a folder with a PNG for each image
-    # out=*.png: grid of the images; path: how each forms; interpolation: rows between images 2k and 2k + 1
+    out: PathText
+    """*.png: one picture; *.npz: all images in an array; else a folder with a PNG for each image."""
     picture: Literal["grid", "path", "interpolation"]
+    """grid: the images; path: how each forms; interpolation: rows between images 2k and 2k + 1 (both: out=*.png)."""
 
     @model_validator(mode="after")
     def _fits_out(self) -> Self:
@@ -79,48 +92,73 @@ class SampleConfig(Sampling):
 class EvaluateConfig(Sampling):
     """All of `conf/evaluate.yaml`; `checkpoint` may also be "linear" or "gaussian" (`measures.linear_denoiser`)."""
 
-    out: PathText  # a folder for evaluation.json, the samples and the pictures
+    out: PathText
+    """A folder for evaluation.json, the samples and the pictures."""
     measures: Annotated[list[Literal["bits_per_dim", "heldout_loss", "encoder", "fid"]], Field(min_length=1)]
-    samples: PathText | None  # an .npz of sample.py or another project, measured instead of new samples
-    # The folder of prepared data; null: the checkpoint's own, or data/cifar10 for linear and gaussian.
+    """What is measured."""
+    samples: PathText | None
+    """An .npz of sample.py or another project, measured instead of new samples."""
     data: PathText | None
-    bits_images: PositiveInt  # bits_per_dim: of the test images, at most all of them
-    bits_timesteps: PositiveInt | None  # bits_per_dim: drawn for each image; null: all T
-    loss_images: PositiveInt  # heldout_loss: of the test images, at most all of them
-    encoder: PathText | None  # encoder: the file that train_encoder.py wrote; null: the repository's
-    inception_weights: PathText | None  # fid: torch-fidelity's file; null: downloaded
+    """Folder of prepared data; null: the checkpoint's own, or data/cifar10 for checkpoint=linear or gaussian."""
+    bits_images: PositiveInt
+    """bits_per_dim: number of test images, at most all of them."""
+    bits_timesteps: PositiveInt | None
+    """bits_per_dim: timesteps drawn for each image; null: all T."""
+    loss_images: PositiveInt
+    """heldout_loss: number of test images, at most all of them."""
+    encoder: PathText | None
+    """encoder: the file that train_encoder.py wrote; null: the repository's."""
+    inception_weights: PathText | None
+    """fid: torch-fidelity's file; null: downloaded."""
 
 
 class EncoderConfig(Machine):
     """All of `conf/encoder.yaml`."""
 
     precision: Literal["auto", "fp32", "bf16"]  # fp16 would need a scale of the loss
-    out: PathText  # the file of weights; with controls, the one whose features are tried
-    archive: PathText  # CIFAR-10's; downloaded there when it is missing
+    """Of the network; auto: bf16 where the hardware computes in it, else fp32."""
+    out: PathText
+    """The file of weights; with controls, the one whose features are tried."""
+    archive: PathText
+    """CIFAR-10's; downloaded there when it is missing."""
     urls: list[Text]
-    controls: bool  # prints the controls' distances instead of training
-    width: Annotated[HiddenSize, Field(le=256)]  # the features are 4 times as many
+    """Addresses of the archive, tried in turn."""
+    controls: bool
+    """Print the controls' distances instead of training."""
+    width: Annotated[HiddenSize, Field(le=256)]
+    """Of the first level, in channels; the features are 4 times as many."""
     num_epochs: PositiveInt
+    """Length of the training, in passes over the training images."""
     batch_size: PositiveInt
+    """Images a step."""
     max_lr: PositiveFloat
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """Learning rate at its height."""
+    seed: Seed
+    """Of the weights and the order of the images."""
     overwrite: bool
+    """Replace an output that exists."""
 
 
 class ConvertConfig(Section):
     """All of `conf/convert.yaml`."""
 
-    # Ours (model.safetensors, .pt or a run's folder): to diffusers; a DDPMPipeline's folder: from diffusers.
     checkpoint: PathText
-    out: PathText  # the DDPMPipeline's folder, or our *.safetensors
+    """Ours (model.safetensors, .pt or a run's folder): to diffusers; a DDPMPipeline's folder: from diffusers."""
+    out: PathText
+    """The DDPMPipeline's folder, or our *.safetensors."""
     overwrite: bool
-    config: Config  # from diffusers: what our file says of a run; the folder's model and diffusion process replace its
+    """Replace an output that exists."""
+    config: Config
+    """From diffusers: what our file says of a run; the folder's network and diffusion process replace its own."""
 
 
 class Range(Section):
     low: int | float
-    high: int | float  # whole numbers are drawn where both ends are whole
-    log: bool = False  # on a logarithmic scale
+    """The lowest value."""
+    high: int | float
+    """The highest value; whole numbers are drawn where both ends are whole."""
+    log: bool = False
+    """Draw on a logarithmic scale."""
 
     @model_validator(mode="after")
     def _is_range(self) -> Self:
@@ -132,13 +170,20 @@ class Range(Section):
 class SearchConfig(Section):
     """All of `conf/search.yaml`."""
 
-    out: PathText  # folder: the journal, and a folder for each trial's run
-    overrides: str  # of every trial, as on main.py's command line
-    space: Annotated[dict[str, Range | list[int | float | str | bool]], Field(min_length=1)]  # a range, or choices
-    num_trials: PositiveInt  # draws from the space
-    seed: Annotated[int, Field(ge=0)]  # of the draws
-    check_steps: list[PositiveInt]  # at which a trial's smoothed training loss is compared with the others'
-    keep: Annotated[float, Field(gt=0, le=1)]  # a trial continues while its loss is in this best part of them
+    out: PathText
+    """A folder for the journal, and a folder for each trial's run."""
+    overrides: str
+    """Values of every trial, as on main.py's command line."""
+    space: Annotated[dict[str, Range | list[int | float | str | bool]], Field(min_length=1)]
+    """For each key of main.py a range or the choices."""
+    num_trials: PositiveInt
+    """Draws from the space."""
+    seed: Annotated[int, Field(ge=0)]
+    """Of the draws."""
+    check_steps: list[PositiveInt]
+    """Steps at which a trial's smoothed training loss is compared with the others'."""
+    keep: Annotated[float, Field(gt=0, le=1)]
+    """A trial continues while its loss is in this best part of them."""
 
     @model_validator(mode="after")
     def _knows_keys(self) -> Self:

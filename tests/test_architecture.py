@@ -78,8 +78,8 @@ def test_the_network_and_the_diffusion_process_do_not_know_each_other():
     ("package", "users"),
     [
         ("hydra", {"command_line"}),
-        ("omegaconf", {"command_line", "reading", "config", "stage"}),
-        ("pydantic", {"config", "options", "reading"}),
+        ("omegaconf", {"command_line", "reading", "config", "stage", "values"}),
+        ("pydantic", {"config", "options", "reading", "values"}),
         ("wandb", {"wandb_tracker"}),
         ("safetensors", {"checkpoint", "pipeline", "reading"}),
         ("torch_fidelity", {"extractors", "distances"}),

@@ -24,17 +24,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from modeling.config import Config, parse
-from modeling.options import ConvertConfig, EncoderConfig, EvaluateConfig, SampleConfig, SearchConfig
 from modeling.system.errors import UserError
+from tests.configuration_page import SCHEMAS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("benchmarks", "conf", "docs", "encoders", "modeling", "references", "tests")
-SCHEMAS = {  # of the scripts that Hydra configures, with the file in conf/
-    "main.py": ("config", Config), "prepare_data.py": ("config", Config), "sample.py": ("sample", SampleConfig),
-    "evaluate.py": ("evaluate", EvaluateConfig), "convert.py": ("convert", ConvertConfig),
-    "train_encoder.py": ("encoder", EncoderConfig), "search.py": ("search", SearchConfig),
-}  # fmt: skip
 BASH = shutil.which("bash") or "bash"
 UNCHECKED = (".", "cd", "git", "scontrol", "uv", "uvx", "wandb")
 RECORDER = r"""

@@ -151,6 +151,10 @@ def code_files(script: Path = ROOT / "main.py", root: Path = ROOT) -> list[Path]
     return sorted(found)
 
 
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
 def _syntax(node: Any) -> Any:
     """A syntax tree as plain values, without positions and docstrings, the same in every version of Python."""
     if isinstance(node, list):
@@ -158,8 +162,10 @@ def _syntax(node: Any) -> Any:
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = dict(ast.iter_fields(node))
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+    if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
         fields["body"] = fields["body"][1:]
+    if isinstance(node, ast.ClassDef):  # the text under a key of a schema is its docstring
+        fields["body"] = [item for item in node.body if not _is_text(item)]
     # Newer versions have fields that are empty where nothing new is used.
     return [type(node).__name__, {key: _syntax(value) for key, value in fields.items() if value not in (None, [])}]
 

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from modeling.system.errors import UserError, errors_in_one_line
+from modeling.system.manual import code_version, help_text, keys_of
 from modeling.system.overrides import assignment, known_keys, nearest, override
 from modeling.system.reading import read_yaml
 from modeling.system.sweep import Sweep, parallel
@@ -48,7 +51,12 @@ def script(
     def decorate(function: Callable[[Options], None]) -> Callable:
         def run(values: DictConfig) -> None:
             with errors_in_one_line():
-                function(read(values, schema))
+                try:
+                    checked = read(values, schema)
+                except UserError as error:
+                    example = _example(function, error.__cause__)
+                    raise UserError(f"{error}{example}") from error
+                function(checked)
 
         def start(sweep: Sweep | None, only_print: bool = False) -> None:
             """Lets Hydra build the values and run the script on them, as each job of a sweep if there is one."""
@@ -77,7 +85,13 @@ def script(
                 try:
                     if only_print := "--print-jobs" in sys.argv:
                         sys.argv.remove("--print-jobs")
+                    if "--version" in sys.argv:  # Hydra's parser would print its own
+                        print(code_version())
+                        return
                     arguments = get_args_parser().parse_args()
+                    if arguments.help:
+                        print(_help(function, name, schema, arguments.overrides))
+                        return
                     if only_print or not arguments.multirun:
                         start(None, only_print)
                         return
@@ -101,6 +115,37 @@ def script(
     return decorate
 
 
+def _help(function: Callable, name: str, schema: type, overrides: list[str]) -> str:
+    """The script's `--help`, with the values that these overrides give as defaults."""
+    with hydra.initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
+        values = OmegaConf.to_container(hydra.compose(name, jobs(overrides)[0]), resolve=False)
+    assert isinstance(values, dict)
+    groups = {group: options(group) for group in groups_of(name)}
+    doc = function.__globals__["__doc__"]
+    return help_text(doc, list(keys_of(schema, values)), groups, min(100, shutil.get_terminal_size().columns))
+
+
+def _example(function: Callable, cause: BaseException | None) -> str:
+    """A command of the script's own that sets the key which is missing; nothing where there is none."""
+    if not isinstance(cause, MissingMandatoryValue):
+        return ""
+    examples = re.findall(
+        rf"^ *(python .*? {cause.full_key}=.*?)(?:  +#.*)?$", function.__globals__["__doc__"], re.MULTILINE
+    )
+    return f", as in `{examples[0]}`" if examples else ""
+
+
+def groups_of(name: str) -> list[str]:
+    """The groups of named alternatives that a script takes."""
+    defaults = read_yaml(CONFIGURATION / f"{name}.yaml", dict[str, Any])["defaults"]
+    return [group for entry in defaults if isinstance(entry, dict) for group in entry]
+
+
+def options(group: str) -> list[str]:
+    """The names in a group."""
+    return sorted(path.stem for path in (CONFIGURATION / group).glob("*.yaml"))
+
+
 def jobs(overrides: list[str]) -> list[list[str]]:
     """The overrides of each job of a sweep, in its order.
 
@@ -121,8 +166,7 @@ def _with_home(word: str) -> str:
 
 def _mistakes(name: str, schema: type) -> Iterator[str]:
     """What is wrong with each argument of the command line, a line for each mistake."""
-    defaults = read_yaml(CONFIGURATION / f"{name}.yaml", dict[str, Any])["defaults"]
-    groups = {group for entry in defaults if isinstance(entry, dict) for group in entry}
+    groups = groups_of(name)
     known = [*groups, *known_keys(schema)]
     arguments = get_args_parser().parse_args()
     for word in arguments.overrides:
@@ -150,12 +194,12 @@ def _mistakes(name: str, schema: type) -> Iterator[str]:
                 f"a list is written {shlex.quote(f'{key}=[{text}]')}, a text {override(key, text)}"
             )
         elif key in groups and parsed.value_type != ValueType.GLOB_CHOICE_SWEEP:
-            options = sorted(path.stem for path in (CONFIGURATION / key).glob("*.yaml"))
+            names = options(key)
             chosen = parsed.sweep_string_iterator() if is_sweep else [parsed.get_value_element_as_str()]
-            for option in sorted(set(chosen) - {*options, "null"}):
+            for option in sorted(set(chosen) - {*names, "null"}):
                 yield (
-                    f"{key}={option}: unknown option; the nearest known one is {nearest(option, options)} "
-                    f"(of {', '.join(options)})"
+                    f"{key}={option}: unknown option; the nearest known one is {nearest(option, names)} "
+                    f"(of {', '.join(names)})"
                 )
 
 

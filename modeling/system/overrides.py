@@ -16,6 +16,10 @@ def _written(value: object) -> str:
         return "null"
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_written(one)}' for key, one in value.items())}}}"
+    if isinstance(value, bool):
+        return str(value).lower()
     if not isinstance(value, str):
         return str(value)
     if _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false", "inf", "nan"):
@@ -29,7 +33,7 @@ def assignment(key: str, value: object) -> str:
     """The argument by which Hydra sets the key to this very value.
 
     Args:
-        value: text, a number, a truth value, None, or a list of these.
+        value: text, a number, a truth value, None, or a list or a dictionary of these.
     """
     return f"{key}={_written(value)}"
 

@@ -10,6 +10,10 @@ from tests.helpers import ROOT
 CODE = """
 def f(x):
     return [x + 1, None]
+
+
+class Section:
+    key: int
 """
 
 
@@ -27,6 +31,7 @@ def version(tmp_path, text: str) -> str:
         f'"""What it is."""\n{CODE}',
         CODE.replace("    return", '    """What it does."""\n    return'),
         CODE.replace("return [x + 1, None]", "return [(x + 1), None]"),
+        CODE.replace("    key: int", '    key: int\n    """What the key means."""'),
     ],
 )
 def test_comments_docstrings_and_layout_leave_the_version_of_the_code(tmp_path, text):

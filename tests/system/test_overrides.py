@@ -20,6 +20,7 @@ VALUES = TEXTS | st.none() | st.booleans() | st.integers() | st.floats(allow_nan
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(VALUES | st.lists(VALUES))
+@example({"optimizer.lr": {"low": 0.1, "log": True}, "other": [50, "a b"]})
 @example("C:\\data\\")
 @example("${oc.env:HOME}")
 @example('\\\\${a}\\"b')
@@ -33,7 +34,7 @@ def test_a_shell_and_hydra_read_the_very_value(value):
     assert not read.is_sweep_override()
     config = OmegaConf.create({"value": read.value()})
     assert OmegaConf.to_container(config, resolve=True) == {"value": value}
-    assert type(config.value) is type(value) or isinstance(value, list)
+    assert type(config.value) is type(value) or isinstance(value, (list, dict))
 
 
 def test_a_plain_value_stays_readable():
