@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from modeling.run.identity import data_sha256
 from tests.helpers import ROOT, run_script
 
 
@@ -44,7 +45,7 @@ def test_the_metrics_are_a_dozen_numbers_beside_details_of_bins_identity_and_mac
         assert 0.5 < metrics[name] < 1.5
         assert sum(details["bins"][name].values()) / 10 == pytest.approx(metrics[name])
     manifest = json.loads((tiny_data / "shapes" / "manifest.json").read_text())
-    assert details["data_sha256"] == manifest["files"]["train.npy"]["sha256"]
+    assert details["data_sha256"] == data_sha256(manifest)
     assert (metrics["steps"], metrics["images"], details["seed"]) == (8, 128, 0)
     assert details["torch"] == torch.__version__
     assert re.fullmatch("[0-9a-f]{64}", details["code_sha256"])

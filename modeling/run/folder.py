@@ -81,7 +81,11 @@ class RunFolder:
                 self._check_owner()  # again: another process may have claimed it meanwhile
                 remove_partial_files(self.path)
                 self._mark()
-                yield
+                try:
+                    yield
+                except UserError:
+                    self._remove_if_unused()
+                    raise
         except LockedError as error:
             raise UserError(f"{self.path}: {error}; wait for it, or set runtime.output_dir to another folder") from None
 
@@ -113,6 +117,14 @@ class RunFolder:
         self.wandb_id = found["wandb_id"] if found else secrets.token_hex(8)
         if found is None:
             write_json(self.path / _MARKER, {"run": self.name, "identity": self.identity, "wandb_id": self.wandb_id})
+
+    def _remove_if_unused(self) -> None:
+        """A run that is rejected leaves no folder, unless there was more in it than `claimed` writes."""
+        if {entry.name for entry in self.path.iterdir()} == {_LOCK, _MARKER}:
+            for name in (_MARKER, _LOCK):
+                (self.path / name).unlink()
+            with contextlib.suppress(OSError):  # network file systems keep a name for the open lock
+                self.path.rmdir()
 
     def clear(self) -> None:
         """Removes all files of the run; it still owns the folder."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from modeling.config import Config
+from modeling.stage import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +36,7 @@ class Identity(TypedDict):
     optimizer: dict[str, Any]
     train: dict[str, Any]
     runtime: dict[str, Any]
-    data: str  # SHA-256 of the training images
+    data: str  # `data_sha256`
     code: str  # `code_sha256`
     origin: str | None  # name and step of another run, from whose checkpoint this one started
 
@@ -44,6 +45,12 @@ def run_length(num_images: int, batch_size: int, num_epochs: int, max_steps: int
     """Steps of a run: `num_epochs` of whole batches, or `max_steps` if that is less."""
     length = num_images // batch_size * num_epochs
     return length if max_steps is None else min(length, max_steps)
+
+
+def data_sha256(manifest: Manifest) -> str:
+    """SHA-256 over the hashes of the training and the held-out images, in this order."""
+    hashes = [manifest["files"][name]["sha256"] for name in ("train.npy", "test.npy")]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def identify(config: Config, last_step: int, data_sha256: str, code_sha256: str) -> Identity:

@@ -15,6 +15,7 @@ from modeling.run.folder import RunFolder, describe_state
 from modeling.run.identity import (
     Identity,
     code_sha256,
+    data_sha256,
     describe_differences,
     differences,
     folder_name,
@@ -38,13 +39,14 @@ ARTEFACTS = (
 MUST_MATCH = ("seed", "data", "dataset", "model", "diffusion", "optimizer.name", "train.batch_size")
 
 
-def _identify(config: Config, last_step: int, data_sha256: str) -> tuple[Identity, Checkpoint | None]:
+def _identify(config: Config, last_step: int, manifest: Manifest) -> tuple[Identity, Checkpoint | None]:
     """The run's identity, and the checkpoint that `runtime.resume` names, if it names one.
 
     Raises:
         UserError: for a file that is no checkpoint, one of another architecture, data set or seed, or a later step.
     """
-    identity, resume = identify(config, last_step, data_sha256, code_sha256()), config.runtime.resume
+    identity = identify(config, last_step, data_sha256(manifest), code_sha256())
+    resume = config.runtime.resume
     if resume in ("auto", "never"):
         return identity, None
     try:
@@ -54,6 +56,9 @@ def _identify(config: Config, last_step: int, data_sha256: str) -> tuple[Identit
         raise UserError(f"runtime.resume={resume}: {error.strerror}") from error
     except (CheckpointError, KeyError) as error:
         raise UserError(f"runtime.resume={resume}: {error}") from error
+    if origin_identity.get("data") == manifest["files"]["train.npy"]["sha256"]:
+        # An older checkpoint, whose identity has the training images alone. They are these, and only they trained it.
+        origin_identity = {**origin_identity, "data": identity["data"]}
     changed = differences(origin_identity, identity)
     must_match = tuple(f"{name}." for name in MUST_MATCH)
     rejected = {key: pair for key, pair in changed.items() if f"{key}.".startswith(must_match)}
@@ -93,7 +98,7 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
     machine = build.build_runtime(config.runtime)
     images, length = manifest["files"]["train.npy"], config.train
     last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
-    identity, origin = _identify(config, last_step, images["sha256"])
+    identity, origin = _identify(config, last_step, manifest)
     path = Path(config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
     folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
     with folder.claimed():

@@ -13,6 +13,7 @@ import prepare_data
 from modeling.config import parse
 from modeling.datasets.pictures import sha256_of_pictures
 from modeling.datasets.preparation import prepare
+from modeling.run.identity import data_sha256
 from modeling.stage import read_manifest
 from tests.datasets.drawings import drawings, fill, noise, stored
 from tests.helpers import TINY, dataset, ends_in_error
@@ -101,7 +102,7 @@ def test_from_a_folder_of_pictures_to_a_trained_model(tmp_path, monkeypatch, com
     counts = [manifest["files"][f"{name}.npy"]["count"] for name in ("train", "test")]
     assert sum(counts) == 40
     assert metrics["steps"] == counts[0] // 16 * 2
-    assert details["data_sha256"] == manifest["files"]["train.npy"]["sha256"]
+    assert details["data_sha256"] == data_sha256(manifest)
     with Image.open(tmp_path / "run" / "samples" / "ema" / f"{metrics['steps']}.png") as grid:
         assert np.asarray(grid).std() > 10
 

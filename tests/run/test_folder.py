@@ -204,6 +204,16 @@ with RunFolder(Path(sys.argv[1]), json.loads(sys.argv[2])).claimed():
             pass
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_rejected_run_leaves_no_folder_but_one_that_has_begun_does(tmp_path, has_begun):
+    run = RunFolder(tmp_path / "run", IDENTITY)
+    with pytest.raises(UserError, match="no good"), run.claimed():
+        if has_begun:
+            save(run, 3)
+        raise UserError("no good")
+    assert run.path.exists() == run.last_checkpoint.exists() == has_begun
+
+
 def test_clearing_a_folder_keeps_its_owner(tmp_path):
     run = RunFolder(tmp_path, IDENTITY)
     with run.claimed():

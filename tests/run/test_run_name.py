@@ -5,7 +5,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from modeling.config import Config, parse
-from modeling.run.identity import Identity, folder_name, identify, run_name
+from modeling.run.identity import Identity, data_sha256, folder_name, identify, run_name
 from modeling.system.errors import UserError
 from tests.helpers import ROOT, changed, leaves
 
@@ -69,3 +69,12 @@ def test_a_name_that_is_no_word_is_rejected(compose_config, name):
     values.runtime.name = name
     with pytest.raises(UserError, match="runtime.name="):
         parse(values)
+
+
+def test_the_training_and_the_held_out_images_belong_to_the_data():
+    def digest(train: str, test: str) -> str:
+        facts = {"count": 1, "shape": [1], "dtype": "uint8"}
+        files = {"train.npy": {"sha256": train, **facts}, "test.npy": {"sha256": test, **facts}}
+        return data_sha256({"dataset": {}, "source": "", "files": files})
+
+    assert len({digest("a", "b"), digest("c", "b"), digest("a", "c"), digest("b", "a")}) == 4

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 import main
 from modeling.checkpoint import load_checkpoint
+from tests.checkpoints import seal
 from tests.helpers import ends_in_error, equal, result, run_script, train
 from tests.run.interruptions import crash
 
@@ -104,6 +105,36 @@ def test_a_state_of_other_data_is_rejected(tiny, straight, tmp_path, capsys):
     message = r'belongs to another run and cannot be resumed \(data: checkpoint "\w+", this run "\w+"; dataset'
     with ends_in_error(capsys, message):
         main.main(tiny("runtime.resume=straight/checkpoints/last.pt", *other))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("another run's state")
+@pytest.mark.parametrize("is_of_these_images", [True, False])
+def test_an_older_checkpoint_that_names_the_training_images_alone_starts_a_run(
+    tiny, tiny_data, straight, capsys, is_of_these_images
+):
+    older, manifest = Path("older.pt"), json.loads((tiny_data / "shapes" / "manifest.json").read_text())
+    content = torch.load("straight/checkpoints/5.pt", weights_only=True)
+    train_sha256 = manifest["files"]["train.npy"]["sha256"]
+    content["about"]["identity"] |= {"data": train_sha256 if is_of_these_images else "0" * 64, "code": "older"}
+    torch.save(content, older)
+    seal(older)
+    if is_of_these_images:
+        main.main(tiny("runtime.resume=older.pt"))
+        assert re.search(r'starting from older\.pt \(\S+@5\) with code: checkpoint "older", this run "\w+"\n',
+                         capsys.readouterr().out)  # fmt: skip
+    else:
+        with ends_in_error(capsys, r'belongs to another run and cannot be resumed \(data: checkpoint "0+", this run'):
+            main.main(tiny("runtime.resume=older.pt"))
+
+
+@pytest.mark.fault("another run's state")
+def test_a_run_whose_data_is_damaged_leaves_no_folder(tiny, tiny_data, tmp_path, capsys):
+    shutil.copytree(tiny_data, tmp_path / "damaged")
+    (tmp_path / "damaged" / "shapes" / "test.npy").write_bytes(b"")
+    with ends_in_error(capsys, "test.npy"):
+        main.main(tiny(f"dataset.root={tmp_path}/damaged"))
+    assert list(Path("runs").iterdir()) == []
 
 
 @pytest.mark.long
