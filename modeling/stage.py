@@ -64,8 +64,12 @@ class Manifest(Facts):
 
 
 def repository() -> Path:
-    """Where relative paths of archive and pictures begin: the original repository, even in DVC's temporary copy."""
-    return Path(os.environ.get("DVC_ROOT", "."))
+    """Where relative paths of archive, pictures and runs begin: the original repository, even in DVC's temporary copy.
+
+    DVC deletes the copy, in which an experiment of `--queue` or `--temp` runs, with all that Git does not know.
+    """
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    return Path() if root == Path.cwd() else root
 
 
 def load_manifest(folder: Path, remedy: str) -> Manifest:

@@ -25,7 +25,7 @@ from modeling.run.identity import (
 from modeling.run.loop import Training
 from modeling.run.objects import Run
 from modeling.run.records import build_tracker
-from modeling.stage import Manifest
+from modeling.stage import Manifest, repository
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
 from modeling.system.signals import Stopped
@@ -99,7 +99,7 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
     images, length = manifest["files"]["train.npy"], config.train
     last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
     identity, origin = _identify(config, last_step, manifest)
-    path = Path(config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
+    path = repository() / (config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
     folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
     with folder.claimed():
         finished_at = folder.finished_at()
