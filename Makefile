@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WITHOUT_GIT := $(if $(wildcard .git),,.dvc/config.local)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train report experiments record encoder configuration test test-isa test-faults test-long mutants bench check check-lock clean
+.PHONY: help demo train report experiments restore record encoder configuration test test-isa test-faults test-long mutants bench check check-lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,7 +36,11 @@ report: .venv/installed ## all runs under runs/ beside each other: report.html, 
 
 experiments: .venv/installed ## recorded experiments beside each other: losses, seconds and the values that differ
 	@$(BIN)/dvc exp show --no-pager --only-changed --drop \
-	    'Created|eval/(train|heldout_raw)|images|memory|parameters|steps|skipped'
+	    'Created|Executor|eval/(train|heldout_raw)|images|memory|parameters|steps|skipped'
+
+restore: .venv/installed ## after an experiment: params.yaml and outputs/ as committed; changes go to `git stash`
+	git stash push --message "before make restore" -- params.yaml dvc.lock outputs
+	$(BIN)/dvc checkout --allow-missing
 
 record: train ## after a change of what a stage computes: the recorded run again, and what to commit
 	@git status --short -- dvc.lock outputs

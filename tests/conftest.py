@@ -8,7 +8,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from modeling.config import parse, to_yaml
 from tests.helpers import ROOT, TINY, dataset, run_script
+from tests.pipeline import command
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +116,26 @@ def cifar10_archive() -> Path:
         if candidate and Path(candidate).is_file():
             return Path(candidate)
     pytest.skip("no CIFAR-10 archive: set CIFAR10_ARCHIVE or put it at downloads/cifar-10-python.tar.gz")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, compose_config) -> Path:
+    """A clone with a small configuration whose pipeline has run once."""
+    root = tmp_path_factory.mktemp("pipeline") / "repository"
+    command("git", "init", "-q", str(root), cwd=ROOT)
+    of_root = ("--git-dir", str(root / ".git"), "--work-tree", ".")  # which may have no Git of its own
+    for name in command("git", *of_root, "ls-files", "-z", "--others", "--exclude-standard", cwd=ROOT).split("\0"):
+        if name and not name.startswith("outputs/") and (ROOT / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name, follow_symlinks=False)
+    (root / "dvc.lock").unlink(missing_ok=True)
+    (root / "params.yaml").write_text(to_yaml(parse(compose_config(*TINY))))
+    for words in (
+        ("git", "config", "user.email", "test@example.com"),
+        ("git", "config", "user.name", "Test"),
+        ("dvc", "repro", "-q"),
+        ("git", "add", "-A"),
+        ("git", "commit", "-qm", "first run"),
+    ):
+        command(*words, cwd=root)
+    return root

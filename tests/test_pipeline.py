@@ -1,8 +1,6 @@
 """The DVC pipeline: a stage runs exactly when something changed that can change its result."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +9,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from modeling.config import Config, parse, to_yaml
+from modeling.config import Config
 from modeling.run.identity import code_files
-from tests.helpers import ROOT, TINY, changed, clean_environment, leaves
+from tests.helpers import ROOT, changed, clean_environment, leaves
+from tests.pipeline import MAKE, command
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = DVC_YAML["stages"]
@@ -23,16 +22,6 @@ WITHOUT_EFFECT = {
     "runtime.resume", "runtime.max_seconds", "runtime.checkpoint_seconds",
     "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
 }  # fmt: skip
-
-
-BIN = Path(sys.executable).parent
-
-
-def command(*words: str, cwd: Path) -> str:
-    environment = clean_environment(PATH=f"{BIN}:{os.environ['PATH']}")
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, f"{words}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 # ---- what dvc.yaml says
@@ -82,29 +71,6 @@ for line in sys.stdin:  # one edit a line: a file and its new text; answers with
         print(json.dumps(sorted(repo.status())), flush=True)
     path.unlink() if old is None else path.write_bytes(old)
 """
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory, compose_config) -> Path:
-    """A clone with a small configuration whose pipeline has run once."""
-    root = tmp_path_factory.mktemp("pipeline") / "repository"
-    command("git", "init", "-q", str(root), cwd=ROOT)
-    of_root = ("--git-dir", str(root / ".git"), "--work-tree", ".")  # which may have no Git of its own
-    for name in command("git", *of_root, "ls-files", "-z", "--others", "--exclude-standard", cwd=ROOT).split("\0"):
-        if name and not name.startswith("outputs/") and (ROOT / name).exists():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name, follow_symlinks=False)
-    (root / "dvc.lock").unlink(missing_ok=True)
-    (root / "params.yaml").write_text(to_yaml(parse(compose_config(*TINY))))
-    for words in (
-        ("git", "config", "user.email", "test@example.com"),
-        ("git", "config", "user.name", "Test"),
-        ("dvc", "repro", "-q"),
-        ("git", "add", "-A"),
-        ("git", "commit", "-qm", "first run"),
-    ):
-        command(*words, cwd=root)
-    return root
 
 
 def stages_after(repository: Path, edits: dict[str, str]) -> dict[str, set[str]]:
@@ -181,7 +147,7 @@ def test_importing_the_package_changes_nothing(repository):
 
 @pytest.mark.slow
 def test_the_check_of_the_lock_passes_exactly_if_nothing_would_run(repository):
-    words = ("make", "-s", "-o", ".venv/installed", f"BIN={BIN}", "check-lock")
+    words = (*MAKE, "check-lock")
     assert command(*words, cwd=repository) == "dvc.lock is true\n"
     params = repository / "params.yaml"
     text = params.read_text()
@@ -189,58 +155,3 @@ def test_the_check_of_the_lock_passes_exactly_if_nothing_would_run(repository):
     with pytest.raises(AssertionError, match="dvc.lock is stale: run `make record`"):
         command(*words, cwd=repository)
     params.write_text(text)
-
-
-def recorded(repository: Path) -> dict:
-    """The parameters that the lock records for the last training, and those that were trained with."""
-    lock = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]["train"]["params"]["params.yaml"]
-    trained = yaml.safe_load((repository / "outputs" / "config.yaml").read_text())
-    return {"lr": (lock["optimizer"]["lr"], trained["optimizer"]["lr"]), "lock": lock, "trained": trained}
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_experiments_train_with_the_values_they_record_and_are_shown_side_by_side(repository, monkeypatch):
-    command("dvc", "exp", "run", "-q", "-S", "optimizer.lr=0.003", "-S", "train.batch_size=8", cwd=repository)
-    found = recorded(repository)
-    assert found["lr"] == (0.003, 0.003)
-    assert found["trained"]["train"]["batch_size"] == found["lock"]["train"]["batch_size"] == 8
-    diff = json.loads(command("dvc", "metrics", "diff", "--json", cwd=repository))
-    assert diff["outputs/metrics.json"]["eval/heldout_ema"]["diff"] != 0
-    lines = command("dvc", "metrics", "diff", cwd=repository).splitlines()
-    assert len(lines) <= 15
-    assert max(map(len, lines)) <= 100
-    monkeypatch.setenv("COLUMNS", "120")
-    shown = command("make", "-s", "-o", ".venv/installed", f"BIN={BIN}", "experiments", cwd=repository)
-    header = next(line.split() for line in shown.splitlines() if "Experiment" in line)
-    assert header == [
-        "Experiment", "eval/heldout_ema", "train/loss_smoothed", "seconds", "optimizer.lr", "train.batch_size",
-    ]  # fmt: skip
-    command("dvc", "exp", "run", "-q", "-S", "optimizer=sgd", "-S", "train.num_epochs=1", cwd=repository)
-    found = recorded(repository)
-    assert found["trained"]["optimizer"]["name"] == found["lock"]["optimizer"]["name"] == "sgd"
-    assert found["trained"]["optimizer"]["momentum"] == found["lock"]["optimizer"]["momentum"] == 0.9
-    page = command("dvc", "plots", "show", "-q", "-o", "plots", cwd=repository)
-    assert "vega" in (repository / "plots" / "index.html").read_text(), page
-    command("git", "checkout", "-q", "params.yaml", "dvc.lock", "outputs", cwd=repository)
-    command("dvc", "checkout", "-q", cwd=repository)
-    assert "Data and pipelines are up to date" in command("dvc", "repro", cwd=repository)
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_queued_experiments_train_with_the_values_they_record(repository):
-    command("dvc", "exp", "run", "-q", "--temp", "-n", "temporary", "-S", "optimizer.lr=0.004", cwd=repository)
-    command("dvc", "exp", "run", "-q", "--queue", "-S", "optimizer.lr=0.005,0.006", cwd=repository)
-    command("dvc", "exp", "run", "-q", "--run-all", "-j", "1", cwd=repository)
-    rates = {}
-    for line in command("git", "for-each-ref", "refs/exps", "--format=%(refname)", cwd=repository).splitlines():
-        if "/celery/" in line or "stash" in line:
-            continue
-        params = yaml.safe_load(command("git", "show", f"{line}:params.yaml", cwd=repository))
-        lock = yaml.safe_load(command("git", "show", f"{line}:dvc.lock", cwd=repository))["stages"]["train"]
-        metrics = json.loads(command("git", "show", f"{line}:outputs/metrics.json", cwd=repository))
-        assert lock["params"]["params.yaml"]["optimizer"]["lr"] == params["optimizer"]["lr"]
-        rates[params["optimizer"]["lr"]] = metrics["eval/heldout_ema"]
-    assert set(rates) >= {0.004, 0.005, 0.006}
-    assert len(set(rates.values())) == len(rates)  # each trained with its own

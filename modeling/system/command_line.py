@@ -1,5 +1,6 @@
 """The command line of a script: Hydra builds the values, and a user's mistake is answered in one line."""
 
+import contextlib
 import functools
 import os
 import re
@@ -50,7 +51,7 @@ def script(
 
     def decorate(function: Callable[[Options], None]) -> Callable:
         def run(values: DictConfig) -> None:
-            with errors_in_one_line():
+            with _naming_the_way_back(), errors_in_one_line():
                 try:
                     checked = read(values, schema)
                 except UserError as error:
@@ -113,6 +114,17 @@ def script(
         return main
 
     return decorate
+
+
+@contextlib.contextmanager
+def _naming_the_way_back() -> Iterator[None]:
+    """Says how to go back, where a failed DVC stage leaves an experiment's values, and no results, in the workspace."""
+    try:
+        yield
+    except BaseException as error:
+        if os.environ.get("DVC_ROOT") == str(Path.cwd()) and getattr(error, "code", 1):
+            print("`make restore` brings back params.yaml and outputs/ as they were committed", file=sys.stderr)
+        raise
 
 
 def _help(function: Callable, name: str, schema: type, overrides: list[str]) -> str:

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -61,6 +62,15 @@ def test_a_wrong_argument_is_one_line_with_the_remedy(lines_of, arguments, lines
     assert len(found) == len(lines)
     for line, expected in zip(found, lines, strict=True):
         assert line.startswith(expected)
+
+
+def test_a_failed_stage_names_the_way_back_where_it_left_something(lines_of, monkeypatch):
+    message = "train.batch_size=0: input should be greater than 0"
+    way_back = "`make restore` brings back params.yaml and outputs/ as they were committed"
+    monkeypatch.setenv("DVC_ROOT", str(Path.cwd()))
+    assert lines_of(main, "train.batch_size=0") == [message, way_back]
+    monkeypatch.setenv("DVC_ROOT", "/the/original")  # a queued experiment, in a copy that DVC deletes
+    assert lines_of(main, "train.batch_size=0") == [message]
 
 
 @pytest.mark.parametrize("value", ["/a(b)", "a=b", "a#b", "été", "it's", "[1", '"', "~a,b"])
