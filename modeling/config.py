@@ -187,6 +187,14 @@ class Wandb(Section):
     """Name of the project there."""
     name: Text | None
     """Name of the run there; null: runtime.name, or else the run folder's."""
+    entity: Text | None = None  # older files lack this key and those below
+    """User or team there; null: your default."""
+    group: Text | None = None
+    """Runs of one group are shown together there, such as a sweep."""
+    tags: list[Text] = Field(default_factory=list)
+    """Words to filter runs by there, such as [sweep,"lr 1e-3"]."""
+    notes: Text | None = None
+    """What you want to remember of the run, shown there."""
 
 
 class Config(Section):

@@ -21,6 +21,7 @@ WITHOUT_EFFECT = {
     "runtime.keep_freed_memory", "runtime.num_threads", "runtime.num_workers", "runtime.name", "runtime.output_dir",
     "runtime.resume", "runtime.max_seconds", "runtime.checkpoint_seconds",
     "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
+    "wandb.entity", "wandb.group", "wandb.tags", "wandb.notes",
 }  # fmt: skip
 
 

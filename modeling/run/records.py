@@ -107,9 +107,8 @@ def build_tracker(config: Config, folder: Path, step: int, wandb_id: str) -> Tra
     wandb = None
     if config.wandb.mode != "disabled":
         wandb = WandbTracker(
-            mode=config.wandb.mode,
-            project=config.wandb.project,
-            name=config.wandb.name or config.runtime.name or folder.name,
+            config.wandb,
+            name=config.runtime.name or folder.name,
             folder=folder,
             config=config.model_dump(),
             run_id=wandb_id,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from modeling.config import Wandb
+
 # Upper bounds on how long W&B may delay the start and the end of a run. W&B's own timeout is OWN_SHARE of each; after
 # WAIT_SHARE its process is killed.
 START_SECONDS, FINISH_SECONDS = 15, 10
@@ -29,22 +31,21 @@ class WandbTracker:
     are right in both cases.
 
     Args:
-        mode: "offline" (a folder that `wandb sync` uploads) or "online".
-        project: the project's name.
-        name: the run's name.
+        section: of the configuration; offline is a folder that `wandb sync` uploads.
+        name: the run's name, if the section has none.
         folder: the run's folder; all files of W&B are in `<folder>/wandb`.
         config: the resolved configuration, nested as in params.yaml.
         run_id: W&B's id of the run, the same whenever the run is resumed.
     """
 
-    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict, run_id: str):
+    def __init__(self, section: Wandb, *, name: str, folder: Path, config: dict, run_id: str):
         self._options = {
-            "mode": mode, "project": project, "name": name, "dir": str(folder), "config": config,
+            **section.model_dump(), "name": section.name or name, "dir": str(folder), "config": config,
             "id": run_id, "resume": "allow",  # also offline: `wandb sync` reads it
         }  # fmt: skip
         files = folder / "wandb"
         files.mkdir(parents=True, exist_ok=True)
-        os.environ["WANDB_MODE"] = mode  # else a value set by the user would confuse the login
+        os.environ["WANDB_MODE"] = section.mode  # else a value set by the user would confuse the login
         os.environ["WANDB_SILENT"] = "true"  # a setting of the run would not cover the login
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # else even an offline run looks up a server
         for kind in ("DATA", "CACHE", "ARTIFACT"):  # else artifacts are staged under the home folder

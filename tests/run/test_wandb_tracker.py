@@ -27,13 +27,15 @@ from tests.run.wandb_process import GAVE_UP, start_wandb, track, wandb_cores
 
 @pytest.mark.slow
 def test_a_run_logs_everything_to_wandb_and_never_its_code(tiny, capsys):
-    config = tiny("wandb.mode=offline", "runtime.name=big-lr", "wandb.project=here")
+    place = "wandb.project=here", "wandb.entity=us", "wandb.group=lr", "wandb.tags=[a,b c]", "wandb.notes=why"
+    config = tiny("wandb.mode=offline", "runtime.name=big-lr", *place)
     main.main(config)
     (folder,) = Path("runs").iterdir()
     assert re.fullmatch("big-lr-[0-9a-f]{10}", folder.name)
     found = read_wandb(folder)
-    assert found.run.project == "here"
     assert found.run.display_name == "big-lr"
+    assert (found.run.project, found.run.entity, found.run.run_group) == ("here", "us", "lr")
+    assert (list(found.run.tags), found.run.notes) == (["a", "b c"], "why")
     assert {key: found.config[key] for key in config} == parse(config).model_dump()  # all hyperparameters, nested
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 8]

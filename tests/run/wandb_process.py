@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from modeling.config import Wandb
 from modeling.run import wandb_tracker
 from modeling.run.records import JsonLines, Tracker
 from modeling.run.wandb_tracker import WandbTracker
@@ -25,7 +26,8 @@ GAVE_UP = "the local files are complete without it"
 
 
 def start_wandb(folder: Path, mode: str = "offline") -> WandbTracker:
-    return WandbTracker(mode=mode, project="p", name="n", folder=folder, config={"a": 1}, run_id="same")
+    section = Wandb.model_validate({"mode": mode, "project": "p", "name": None})
+    return WandbTracker(section, name="n", folder=folder, config={"a": 1}, run_id="same")
 
 
 def track(folder: Path, mode: str = "offline") -> None:
