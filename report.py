@@ -6,6 +6,7 @@
     python report.py runs/A                       # on track? beside the reference of the nearest configuration
     python report.py runs/A --reference default --plot compare.png
     python report.py runs/A --save default        # makes a finished run a reference
+    python report.py runs/search                  # the table of the runs in a folder, such as a search's
     python report.py --html report.html           # a page of all runs, or of those named
 
 A run is finished, running, stopped, failed (its numbers were not finite) or damaged. Bits/dim (sigma^2 = beta, x_0
@@ -30,8 +31,8 @@ from modeling.comparison.curves import read_run
 from modeling.comparison.pair import describe_pair
 from modeling.comparison.references import choose_reference, command_of, load_references, make_reference, save_reference
 from modeling.comparison.report import describe, judge, plot
-from modeling.comparison.summaries import find_runs, read_summary
-from modeling.comparison.table import make_table, read_summaries
+from modeling.comparison.summaries import RunSummary, in_order_of_settings, read_summaries, read_summary
+from modeling.comparison.table import make_table
 from modeling.system.errors import errors_in_one_line
 from modeling.system.files import check_writable, naming, write_atomically
 from modeling.system.reading import read_yaml
@@ -39,10 +40,15 @@ from modeling.system.reading import read_yaml
 ROOT = Path(__file__).parent
 
 
+def summaries(options: argparse.Namespace) -> tuple[list[RunSummary], list[str]]:
+    runs, problems = read_summaries(options.runs)
+    return runs if options.are_named else in_order_of_settings(runs), problems
+
+
 def show_table(options: argparse.Namespace) -> None:
     if options.csv:
         check_writable(options.csv)
-    runs, problems = read_summaries(options.runs or find_runs(Path("runs")))
+    runs, problems = summaries(options)
     table = make_table(runs)
     if options.sort:
         table = table.sorted_by(options.sort, descending=options.descending)
@@ -76,13 +82,15 @@ def show_beside_reference(options: argparse.Namespace) -> bool:
 
 
 def main() -> int:
-    options = read_arguments(__doc__, ROOT / "references")
     with errors_in_one_line(exit_code=2):
+        options = read_arguments(__doc__, ROOT / "references")
         if options.html:
+            check_writable(options.html)
             from modeling.comparison.page import write_page  # imports the library of charts, which takes a second
 
-            write_page(options.runs or find_runs(Path("runs")), options.html)
-            print(options.html)
+            runs, problems = summaries(options)
+            write_page(runs, options.html)
+            print("\n".join([*problems, str(options.html)]))
         elif options.is_table:
             show_table(options)
         elif len(options.runs) == 2:

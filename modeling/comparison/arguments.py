@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from modeling.comparison.summaries import find_runs
+
 OF_ONE_RUN, OF_THE_TABLE = ("reference", "save", "command", "plot"), ("sort", "descending", "csv")
 SUFFIXES = {"plot": ".png", "csv": ".csv", "html": ".html"}
 
@@ -10,12 +12,20 @@ SUFFIXES = {"plot": ".png", "csv": ".csv", "html": ".html"}
 def read_arguments(description: str | None, references: Path) -> argparse.Namespace:
     """The options of the command line, with `is_table`: whether they ask for the table of runs.
 
+    `runs` are the folders that were named, those in them where one is no run, or all under runs/; `are_named` says
+    whether it is the first.
+
     Args:
         description: for `--help`.
         references: the folder with the references, unless `--references` names another one.
+
+    Raises:
+        UserError: where there is no run.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="run", help="a run's folder, such as outputs or runs/RUN")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="run", help="a run's folder, such as outputs, or one of runs"
+    )
     parser.add_argument("--sort", metavar="KEY", help="order the table by a column: a title, or a name in the CSV file")
     parser.add_argument("--descending", action="store_true", help="with --sort: the greatest first")
     parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="write the table, with all columns")
@@ -40,5 +50,7 @@ def read_arguments(description: str | None, references: Path) -> argparse.Namesp
     for key, suffix in SUFFIXES.items():
         if (path := getattr(options, key)) and path.suffix != suffix:
             parser.error(f"--{key} {path}: expected a name that ends with {suffix}")
-    options.is_table = bool(of_table) or len(options.runs) not in (1, 2)
+    given, options.runs = options.runs, find_runs(options.runs or [Path("runs")])
+    options.are_named = options.runs == given
+    options.is_table = bool(of_table) or not options.are_named or len(given) > 2
     return options

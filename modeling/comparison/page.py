@@ -14,10 +14,9 @@ from modeling.comparison.charts import Spec, bins_chart, colour_of, line_chart, 
 from modeling.comparison.measure_rows import measure_rows
 from modeling.comparison.page_runs import PageRun, read_page_run, rounded
 from modeling.comparison.references import load_references
-from modeling.comparison.summaries import as_text, differing_keys, telling_keys
+from modeling.comparison.summaries import RunSummary, as_text, differing_keys, telling_keys
 from modeling.run.identity import ROOT
-from modeling.system.errors import UserError
-from modeling.system.files import check_writable, write_atomically
+from modeling.system.files import write_atomically
 
 _HERE = Path(__file__).parent
 _CAPTIONS = {
@@ -196,15 +195,12 @@ def render_page(runs: list[PageRun]) -> str:
     )
 
 
-def write_page(folders: list[Path], out: Path) -> None:
-    """Writes the page of the runs in these folders, in this order.
+def write_page(runs: list[RunSummary], out: Path) -> None:
+    """Writes the page of these runs, in this order.
 
     Raises:
-        UserError: if there is none, one is no run's folder, or a file in it is damaged.
+        UserError: if a file of a run is damaged.
         OSError: if a file cannot be read or the page cannot be written.
     """
-    if not folders:
-        raise UserError("no run to show: expected at least one run's folder")
-    check_writable(out)
     references = load_references(ROOT / "references")
-    write_atomically(out, render_page([read_page_run(folder, references) for folder in folders]).encode())
+    write_atomically(out, render_page([read_page_run(run, references) for run in runs]).encode())

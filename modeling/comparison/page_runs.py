@@ -13,7 +13,7 @@ from modeling.comparison.bands import Comparison, compare
 from modeling.comparison.measure_rows import Measured
 from modeling.comparison.references import Reference, choose_reference, command_of
 from modeling.comparison.report import judge
-from modeling.comparison.summaries import RunSummary, read_summary
+from modeling.comparison.summaries import RunSummary
 from modeling.run.identity import ROOT
 from modeling.system.errors import UserError
 from modeling.system.reading import read_json_lines, read_yaml
@@ -124,13 +124,13 @@ def _own_measures(config: dict[str, Any], metrics: dict[str, Any]) -> list[tuple
     return [("end of training", {"values": values, "identity": identity | config["diffusion"]})]
 
 
-def read_page_run(folder: Path, references: dict[str, Reference]) -> PageRun:
-    """What a run's folder holds, finished or just begun.
+def read_page_run(summary: RunSummary, references: dict[str, Reference]) -> PageRun:
+    """What the page shows of a run.
 
     Raises:
-        UserError: if it is no run's folder, or one of its files is damaged.
+        UserError: if one of its files is damaged.
     """
-    summary = read_summary(folder)
+    folder = summary.folder
     comparison, is_on_track, verdict = None, None, ""
     if summary.record is not None:
         try:

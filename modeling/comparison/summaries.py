@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,23 @@ class RunSummary:
         return [item for _, records in self.evaluations for item in records.items()]
 
 
-def find_runs(root: Path) -> list[Path]:
-    """The folders of runs in a folder, at any depth, such as those of a search."""
+def find_runs(places: Iterable[Path]) -> list[Path]:
+    """The runs' folders among these or in them, at any depth, such as those of a search.
+
+    Raises:
+        UserError: if a place holds none.
+    """
     found = []
-    for path, folders, files in os.walk(root):
-        if "config.yaml" in files:
-            found.append(Path(path))
-            folders.clear()
-    return sorted(found)
+    for place in places:
+        before = len(found)
+        for path, folders, files in os.walk(place):
+            folders.sort()
+            if "config.yaml" in files:
+                found.append(Path(path))
+                folders.clear()
+        if len(found) == before:
+            raise UserError(f"{place}: expected a run's folder, or one with runs in it")
+    return found
 
 
 def _evaluations(folder: Path) -> list[tuple[Path, dict[str, Measured]]]:
@@ -125,6 +135,28 @@ def read_summary(folder: Path) -> RunSummary:
     )
 
 
+def read_summaries(folders: Iterable[Path]) -> tuple[list[RunSummary], list[str]]:
+    """The runs in these folders, and a line for each that failed or cannot be read.
+
+    Raises:
+        UserError: if none can be read.
+    """
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_summary(folder))
+        except UserError as error:  # one damaged run hides no other
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{error.filename}: {error.strerror}")
+        else:
+            if runs[-1].problem:
+                problems.append(f"{folder}: {runs[-1].state}: {runs[-1].problem}")
+    if not runs:
+        raise UserError("\n".join(problems))
+    return runs, problems
+
+
 # ---- what differs between runs
 
 
@@ -148,3 +180,15 @@ def telling_keys(values: list[dict[str, Any]]) -> list[str]:
     """The keys that tell runs apart: a value that some lack follows from another choice, such as the network's."""
     differing = differing_keys(values)
     return [key for key in differing if not _is_missing(key, values)] or differing
+
+
+def order(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, then text."""
+    is_number = isinstance(value, int | float)
+    return not is_number, value if is_number else 0, as_text(value)
+
+
+def in_order_of_settings(runs: list[RunSummary]) -> list[RunSummary]:
+    """The same runs by the first setting that tells them apart, those equal in it by the second, and so on."""
+    keys = telling_keys([run.compared for run in runs])
+    return sorted(runs, key=lambda run: [order(run.compared.get(key)) for key in keys])

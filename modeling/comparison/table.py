@@ -4,13 +4,12 @@ import csv
 import io
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from modeling.comparison.measure_rows import measure_rows
-from modeling.comparison.summaries import RunSummary, as_text, differing_keys, read_summary, telling_keys
+from modeling.comparison.summaries import RunSummary, as_text, differing_keys, order, telling_keys
 from modeling.system.errors import UserError
 from modeling.system.overrides import nearest
 
@@ -60,6 +59,8 @@ class Column:
 
     def _shown(self, value: Any) -> str:
         text = format(value, self.form) if self.form else as_text(value)
+        if self.is_setting and isinstance(value, float):
+            text = min(text, format(value, ".4g"), key=len)  # a drawn value has 16 digits
         is_long = self.is_setting and len(text) > _MAX_VALUE
         return text[: _MAX_VALUE - 1] + "…" if is_long else text
 
@@ -73,12 +74,6 @@ class Column:
         texts = [text if len(text) <= width else f"{text[:begin]}…{text[-_NAME_END:]}" for text in self.texts]
         is_number = all(isinstance(value, int | float | None) for value in self.values)
         return [text.rjust(width) if is_number else text.ljust(width) for text in texts]
-
-
-def _order(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, then text."""
-    is_number = isinstance(value, int | float)
-    return not is_number, value if is_number else 0, as_text(value)
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class Table:
             known = [name for column in self.columns for name in (column.key, column.title) if name]
             raise UserError(f"--sort {key}: no such column; the nearest one is {nearest(key, known)}")
         places = [place for place, value in enumerate(found) if value is not None]
-        places.sort(key=lambda place: _order(found[place]), reverse=descending)
+        places.sort(key=lambda place: order(found[place]), reverse=descending)
         places += [place for place, value in enumerate(found) if value is None]
         columns = [replace(column, values=[column.values[place] for place in places]) for column in self.columns]
         return replace(self, columns=columns)
@@ -136,28 +131,6 @@ class Table:
 
 
 # ---- from runs to columns
-
-
-def read_summaries(folders: Iterable[Path]) -> tuple[list[RunSummary], list[str]]:
-    """The runs in these folders, and a line for each that failed or cannot be read.
-
-    Raises:
-        UserError: if there is none.
-    """
-    runs, problems = [], []
-    for folder in folders:
-        try:
-            runs.append(read_summary(folder))
-        except UserError as error:  # one damaged run hides no other
-            problems.append(str(error))
-        except OSError as error:
-            problems.append(f"{error.filename}: {error.strerror}")
-        else:
-            if runs[-1].problem:
-                problems.append(f"{folder}: {runs[-1].state}: {runs[-1].problem}")
-    if not runs:
-        raise UserError("\n".join(problems) or "no run under runs/: name the folders of runs")
-    return runs, problems
 
 
 def results_of(run: RunSummary) -> dict[str, float | None]:

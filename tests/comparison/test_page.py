@@ -14,6 +14,7 @@ from PIL import Image
 from modeling.comparison.measure_rows import measure_rows
 from modeling.comparison.page import write_page
 from modeling.comparison.page_runs import NUM_GRIDS, NUM_POINTS
+from modeling.comparison.summaries import read_summaries
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
 from tests.comparison.runs import LOG_EVERY, noisy
@@ -47,7 +48,7 @@ def page(tmp_path):
     """Writes the page of these folders and returns its text."""
 
     def write(*folders):
-        write_page(list(folders), tmp_path / "report.html")
+        write_page(read_summaries(folders)[0], tmp_path / "report.html")
         return (tmp_path / "report.html").read_text()
 
     return write
@@ -117,12 +118,18 @@ def test_a_damaged_run_is_said_to_be_damaged_with_the_line(write_run, page):
         page(folder)
 
 
-def test_a_folder_of_no_run_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(UserError, match="nowhere/config.yaml: No such file or directory; expected"):
-        write_page([tmp_path / "nowhere"], tmp_path / "report.html")
-    with pytest.raises(UserError, match="no run to show"):
-        write_page([], tmp_path / "report.html")
+def test_a_folder_of_no_run_is_an_error_that_names_it(command, tmp_path):
+    arguments = tmp_path, "--html", tmp_path / "report.html"
+    assert command(*arguments) == (2, f"{tmp_path}: expected a run's folder, or one with runs in it\n")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_damaged_configuration_hides_no_other_run(write_run, command, tmp_path):
+    write_run(noisy(0))
+    (write_run(noisy(1), "b") / "config.yaml").write_text("seed: 0\n")
+    code, text = command(tmp_path, "--html", tmp_path / "report.html")
+    assert (code, "b/config.yaml is no YAML of the expected form" in text) == (0, True)
+    assert "finished" in (tmp_path / "report.html").read_text()
 
 
 def test_what_differs_comes_first_and_is_marked_against_the_first_run(write_run, page):

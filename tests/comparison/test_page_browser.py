@@ -8,6 +8,7 @@ from PIL import Image
 
 from modeling.comparison.charts import colour_of
 from modeling.comparison.page import write_page
+from modeling.comparison.summaries import read_summaries
 from tests.comparison.runs import noisy
 from tests.comparison.test_page import HOSTILE, draw_grid
 
@@ -46,7 +47,7 @@ def opened(chromium, tmp_path):
     @contextlib.contextmanager
     def open_page(folders, width=1600, scheme="light"):
         path, events = tmp_path / "report.html", []
-        write_page(folders, path)
+        write_page(read_summaries(folders)[0], path)
         context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
         page = context.new_page()
         page.set_default_timeout(10_000)
@@ -137,7 +138,7 @@ def test_a_strange_name_does_nothing_and_is_shown_as_it_is(opened, write_run):
 
 
 def test_what_a_page_would_load_or_run_is_forbidden(chromium, write_run, tmp_path):
-    write_page([write_run(noisy(0))], tmp_path / "report.html")
+    write_page(read_summaries([write_run(noisy(0))])[0], tmp_path / "report.html")
     with chromium.new_page() as page:
         page.goto((tmp_path / "report.html").as_uri())
         assert page.evaluate("""async () => {

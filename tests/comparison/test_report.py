@@ -52,7 +52,7 @@ def test_missing_damaged_and_early_runs_end_with_2_and_the_reason(write_run, com
     losses = noisy(0)
     command(write_run(losses), "--save", "default")
     code, text = command(tmp_path / "nowhere")
-    assert (code, "nowhere/config.yaml: No such file or directory; expected" in text) == (2, True)
+    assert (code, "nowhere: expected a run's folder, or one with runs in it" in text) == (2, True)
     for name, content, message in (
         ("empty", "", f"too early: {tmp_path}/empty/metrics.jsonl is empty, its first line comes at step 25\n"),
         ("strange", '{"loss": 1}\n', "strange/metrics.jsonl: line 1 is damaged"),
@@ -105,8 +105,8 @@ def test_a_real_run_becomes_a_reference_and_is_on_track(tiny, command, tmp_path)
     assert "20 of 20 windows in the band" in text
 
 
-def test_a_plot_that_cannot_be_written_is_found_before_the_comparison(tmp_path, command):
-    assert command(tmp_path / "nowhere", "--plot", "/dev/null/x.png") == (2, "/dev/null/x.png: Not a directory\n")
+def test_a_plot_that_cannot_be_written_is_found_before_the_comparison(write_run, command):
+    assert command(write_run(noisy(0)), "--plot", "/dev/null/x.png") == (2, "/dev/null/x.png: Not a directory\n")
 
 
 @pytest.mark.parametrize(

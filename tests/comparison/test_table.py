@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from modeling.comparison.summaries import find_runs
-from modeling.comparison.table import WIDTH, make_table, read_summaries
+from modeling.comparison.summaries import find_runs, read_summaries
+from modeling.comparison.table import WIDTH, make_table
 from modeling.system.files import sha256_of
 from tests.comparison.runs import noisy
 
@@ -56,8 +56,8 @@ def test_the_table_has_what_differs_then_the_results_then_the_name(runs, table):
     rows, rest = table()
     assert rows == [
         ["lr", "seed", "state", "steps", "held-out", "seconds", "img/s", "name"],
-        ["0.5", "0", "finished", "2,500", "0.03000", "100", "1,600", "b-0123456789"],
         ["0.004", "3", "finished", "2,500", "0.03500", "100", "1,600", "seeds", "search/a"],
+        ["0.5", "0", "finished", "2,500", "0.03000", "100", "1,600", "b-0123456789"],
     ]
     assert rest == ""
 
@@ -91,7 +91,7 @@ def test_every_run_has_a_line_whatever_has_become_of_it(runs, table, tmp_path):
 
 def test_a_table_of_no_run_ends_with_2(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    assert command() == (2, "no run under runs/: name the folders of runs\n")
+    assert command() == (2, "runs: expected a run's folder, or one with runs in it\n")
     assert command("a", "b", "c")[0] == 2
 
 
@@ -136,7 +136,7 @@ def test_numbers_that_depend_on_other_images_are_in_columns_of_their_own(runs, t
     start = rows[0].index("bits/dim")
     assert rows[0][start : start + 4] == ["bits/dim", "1", "bits/dim", "2"]
     assert notes == "bits/dim 1: num_images 500\nbits/dim 2: num_images 20\n"
-    columns = {column.title: column.values for column in make_table(read_summaries(find_runs(tmp_path))[0]).columns}
+    columns = {column.title: column.values for column in make_table(read_summaries(find_runs([tmp_path]))[0]).columns}
     assert (columns["bits/dim 1"], columns["bits/dim 2"]) == ([4.0, 5.0, None], [None, None, 6.0])
 
 
