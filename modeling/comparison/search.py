@@ -59,7 +59,11 @@ class Search:
         self.study.enqueue_trial(trial.params, user_attrs={"is_again": True})
 
     def run(self) -> str:
-        """Runs trials until all are drawn and none that was stopped is in play; returns the best, for the terminal."""
+        """Runs trials until all are drawn and none that was stopped is in play; returns the best, for the terminal.
+
+        Raises:
+            UserError: if no trial was finished, or one failed before its first line of metrics: others would, too.
+        """
         with locked(self.out / "lock"):
             while True:
                 trials = self.study.get_trials()
@@ -173,4 +177,8 @@ class Search:
             print(f"  stopped at step {stopped_at}: its {LOSS} is not among the best {self.options.keep:.0%}")
         else:
             self.study.tell(trial, state=TrialState.FAIL)
+            if not (folder / "metrics.jsonl").exists():
+                self._enqueue(self.study.get_trials()[trial.number])  # for when the cause is mended
+                reason = (log.read_text(errors="replace").strip() or f"exit code {code}").splitlines()[-1]
+                raise UserError(f"trial {trial.number} failed before its first step: {reason} ({log})")
             print(f"  failed with exit code {code}: {log}")

@@ -62,6 +62,15 @@ def test_a_stopped_trial_is_back_in_play_once_enough_others_are_worse(tmp_path):
     assert not found.is_in_play(found.folder(found.study.get_trials()[2].params), 200, found.study.get_trials())
 
 
+def test_a_trial_that_cannot_begin_ends_the_search_and_is_tried_again_by_the_next(tmp_path):
+    message = r"trial 0 failed before its first step: .* holds no prepared data: run .*\.log\)"
+    with pytest.raises(UserError, match=message):
+        search(tmp_path, overrides=f"dataset.root={tmp_path}").run()
+    first, waiting = search(tmp_path, overrides=f"dataset.root={tmp_path}").study.get_trials()
+    assert (first.state, waiting.state) == (TrialState.FAIL, TrialState.WAITING)
+    assert waiting.system_attrs["fixed_params"] == first.params
+
+
 def test_a_folder_with_another_search_is_rejected(tmp_path):
     search(tmp_path)
     search(tmp_path, num_trials=40)
