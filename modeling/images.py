@@ -1,10 +1,12 @@
-"""Conversion between the model's range [-1, 1] and 8-bit pictures; grids and PNG files.
+"""Conversion between the model's range [-1, 1] and 8-bit pictures; grids, enlarged, and PNG files.
 
-The scale is fixed. No picture is stretched to its own minimum and maximum, which would hide wrong colours.
+The colours' scale is fixed. No picture is stretched to its own minimum and maximum, which would hide wrong colours.
 """
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor
 from modeling.system.files import write_atomically
 
 _BORDER = 2  # white pixels around each image
+_WIDTH = 500  # at least, of an enlarged picture: 32 pixels of a screen are a stamp
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -33,7 +36,7 @@ def make_grid(images: Tensor, num_columns: int | None = None) -> Tensor:
         num_columns: images per row; None makes the grid about square.
 
     Returns:
-        (3, height, width) uint8 on the CPU.
+        (3, height, width) uint8 on the CPU. An image that is not finite is one colour, magenta.
 
     Raises:
         ValueError: for a num_columns below 1.
@@ -41,7 +44,10 @@ def make_grid(images: Tensor, num_columns: int | None = None) -> Tensor:
     if num_columns is not None and num_columns < 1:
         raise ValueError(f"num_columns must be at least 1, got {num_columns}")
     if images.dtype != torch.uint8:
+        is_finite = images.isfinite().flatten(1).all(dim=1)[:, None, None, None]
+        magenta = torch.tensor([255, 0, 255], dtype=torch.uint8, device=images.device)[: images.shape[1], None, None]
         images = to_uint8(images)
+        images = torch.where(is_finite, images, magenta)
     num_columns = min(len(images), max(1, round(len(images) ** 0.5)) if num_columns is None else num_columns)
     num_rows = -(-len(images) // num_columns)
     _, channels, height, width = images.shape
@@ -52,17 +58,39 @@ def make_grid(images: Tensor, num_columns: int | None = None) -> Tensor:
     return F.pad(grid, (0, _BORDER, 0, _BORDER), value=255).expand(3, -1, -1).cpu()
 
 
-def encode_png(image: Tensor) -> bytes:
-    """Encodes (3, H, W) uint8 as the bytes of a PNG file."""
-    from PIL import Image
+def enlarge(picture: Tensor, scale: int | None = None) -> Tensor:
+    """Repeats each pixel of (3, H, W); a scale of None is the smallest that makes the picture 500 pixels wide."""
+    scale = -(-_WIDTH // picture.shape[2]) if scale is None else scale
+    return picture.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
 
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
+
+def encode_png(image: Tensor, about: dict[str, Any] | None = None) -> bytes:
+    """Encodes (3, H, W) uint8 as the bytes of a PNG file, with plain values as JSON in its text `Comment`."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text, buffer = PngInfo(), io.BytesIO()
+    if about is not None:
+        text.add_text("Comment", json.dumps(about))
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG", pnginfo=text)
     return buffer.getvalue()
 
 
-def save_grid(images: Tensor, path: str | Path, num_columns: int | None = None) -> Tensor:
-    """Writes `make_grid` of the images to a PNG file, creating its folder; returns the grid."""
-    grid = make_grid(images, num_columns)
-    write_atomically(path, encode_png(grid))
-    return grid
+def save_grid(
+    images: Tensor,
+    path: str | Path,
+    num_columns: int | None = None,
+    *,
+    scale: int | None = None,
+    about: dict[str, Any] | None = None,
+) -> Tensor:
+    """Writes `make_grid` of the images, enlarged, to a PNG file, creating its folder; returns what it shows.
+
+    Args:
+        images, num_columns: as for `make_grid`.
+        scale: as for `enlarge`.
+        about: how the images were made, as for `encode_png`.
+    """
+    picture = enlarge(make_grid(images, num_columns), scale)
+    write_atomically(path, encode_png(picture, about))
+    return picture

@@ -7,6 +7,7 @@ learning rate, averaged weights, log lines and checkpoints.
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,12 +86,14 @@ def generate_samples(
     num_samples: int = 8,
     size: Sequence[int] = (3, 32, 32),
     sampler: Callable[[DiffusionModel, int, Sequence[int], torch.device | str], Tensor] = DiffusionModel.sample,
+    about: dict[str, Any] | None = None,
 ) -> Tensor:
     """Samples images in eval mode, writes them as a PNG grid, creating its folder, and returns it, (3, H, W) uint8.
 
     Args:
         size: (C, H, W) of one image.
         sampler: called as sampler(model, num_samples, size, device); Algorithm 2 by default.
+        about: what the file says of itself; see `modeling.images.encode_png`.
     """
     with evaluating(model):
-        return save_grid(sampler(model, num_samples, size, device), path)
+        return save_grid(sampler(model, num_samples, size, device), path, about=about)

@@ -1,5 +1,6 @@
 """Between [-1, 1] and 8 bits: exact, clamped, never stretched."""
 
+import json
 import os
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from modeling.images import make_grid, save_grid, to_model_range, to_uint8
+from modeling.images import enlarge, make_grid, save_grid, to_model_range, to_uint8
 from modeling.system.files import write_atomically
 from tests.helpers import random_images
 
@@ -52,10 +53,31 @@ def test_a_grid_without_columns_is_rejected():
         make_grid(torch.zeros(2, 3, 4, 4), num_columns=0)
 
 
-def test_a_saved_grid_holds_the_same_pixels(tmp_path):
-    grid = save_grid(torch.rand(4, 3, 4, 4) * 2 - 1, tmp_path / "a" / "b.png")
+def test_an_image_that_is_not_finite_is_magenta_in_a_grid():
+    images = torch.zeros(3, 3, 4, 4)
+    images[1, 0, 2, 3], images[2, 1, 0, 0] = torch.nan, torch.inf
+    colours = torch.tensor([[128, 128, 128], [255, 0, 255], [255, 0, 255]], dtype=torch.uint8)
+    assert torch.equal(make_grid(images), make_grid(colours[:, :, None, None].expand(-1, -1, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("width", "scale", "expected"), [(206, None, 618), (500, None, 500), (1, None, 500), (9, 2, 18)]
+)
+def test_a_picture_is_enlarged_until_it_is_500_pixels_wide(width, scale, expected):
+    picture = random_images(1, 3, 5, width)[0]
+    larger = enlarge(picture, scale)
+    factor = expected // width
+    assert larger.shape == (3, 5 * factor, expected)
+    assert all(torch.equal(larger[:, y::factor, x::factor], picture) for y in range(factor) for x in range(factor))
+
+
+def test_a_saved_grid_is_the_enlarged_one_and_says_how_it_was_made(tmp_path):
+    images, about = torch.rand(4, 3, 4, 4) * 2 - 1, {"seed": 3, "sampler": "ddim"}
+    picture = save_grid(images, tmp_path / "a" / "b.png", scale=3, about=about)
+    assert torch.equal(picture, enlarge(make_grid(images), 3))
     with Image.open(tmp_path / "a" / "b.png") as image:
-        assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1), grid)
+        assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1), picture)
+        assert json.loads(image.info["Comment"]) == about
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_a_stopped_script_resumes_and_writes_every_kind_of_output(finished_run, 
     for picture in ("path", "interpolation"):
         sample.main(compose_config(*options, f"picture={picture}", f"out={picture}.png", name="sample"))
         with Image.open(f"{picture}.png") as image:
-            assert image.size == (34 * 10 + 2, 34 * (12 if picture == "path" else 6) + 2)
+            assert image.size == (2 * (34 * 10 + 2), 2 * (34 * (12 if picture == "path" else 6) + 2))
 
 
 def hostile(config: dict) -> dict:

@@ -180,7 +180,7 @@ def test_samples_are_written_as_a_grid_that_is_returned(tmp_path, device):
     grid = generate_samples(model, device, path)
     with Image.open(path) as image:
         written = torch.from_numpy(np.array(image))
-        assert image.size == (grid.shape[2], grid.shape[1]) == (3 * 34 + 2, 3 * 34 + 2)
+        assert image.size == (grid.shape[2], grid.shape[1]) == (5 * (3 * 34 + 2), 5 * (3 * 34 + 2))
     assert torch.equal(written.permute(2, 0, 1), grid)
     assert model.training
     assert {path.name} == {entry.name for entry in path.parent.iterdir()}

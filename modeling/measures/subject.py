@@ -73,7 +73,7 @@ class Samples:
         images = self.trained.draw(parts)
         write_samples(images, self.identity, self.path)
         shutil.rmtree(parts)
-        save_grid(images[:64], self.path.with_name("samples.png"))
+        save_grid(images[:64], self.path.with_name("samples.png"), about=self.identity)
         return images
 
 

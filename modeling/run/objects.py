@@ -165,6 +165,7 @@ class Run:
         """Grids from raw and averaged weights, with the same noise every time."""
         _, channels, height, width = self.images["train"].shape
         sampler = Sampler(num_steps=min(self.config.train.sample_steps, self.model.num_timesteps))
+        about = {"sampler": sampler.name, "num_steps": sampler.num_steps, "seed": self.config.seed}
         for kind, model in (("raw", self.model), ("ema", self.ema_model)):
             grid = generate_samples(
                 model,
@@ -179,6 +180,7 @@ class Run:
                     precision=self.precision,
                     bar=partial(progress_bar, desc=f"sampling ({kind})", leave=False),
                 ),
+                about={"step": self.state.step, "weights": kind, **about},
             )
             tracker.image(self.state.step, f"samples/{kind}", grid)
 

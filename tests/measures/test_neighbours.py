@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.images import make_grid
+from modeling.images import enlarge, make_grid
 from modeling.measures import neighbours
 from modeling.measures.neighbours import memorisation_ratio, nearest_neighbours, save_neighbours
 from tests.helpers import random_images
@@ -80,6 +80,6 @@ def test_the_picture_has_a_row_for_each_sample_with_its_neighbours(tmp_path):
     _, indices = nearest_neighbours(SAMPLES[:3], TRAIN, 4)
     grid = save_neighbours(SAMPLES[:3], TRAIN, indices, tmp_path / "new" / "neighbours.png")
     tiles = [tile for row in range(3) for tile in (SAMPLES[row], *TRAIN[indices[row]])]
-    assert torch.equal(grid, make_grid(torch.stack(tiles), num_columns=5))
+    assert torch.equal(grid, enlarge(make_grid(torch.stack(tiles), num_columns=5)))
     picture = np.array(Image.open(tmp_path / "new" / "neighbours.png"))
     assert np.array_equal(picture, grid.permute(1, 2, 0).numpy())
