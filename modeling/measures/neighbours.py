@@ -1,11 +1,10 @@
 """The training images nearest to a sample: has the model learned, or memorised?"""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from modeling.images import save_grid
+from modeling.images import enlarge, make_grid
+from modeling.measures.captions import Row, draw_rows
 from modeling.system.errors import UserError
 from modeling.system.progress import progress_bar
 
@@ -91,16 +90,19 @@ def memorisation_ratio(samples: Tensor, train: Tensor, held_out: Tensor) -> floa
     return medians[0] / medians[1]
 
 
-def save_neighbours(samples: Tensor, train: Tensor, indices: Tensor, path: str | Path) -> Tensor:
-    """Writes a picture with a row for each sample: the sample, then its nearest training images.
+def draw_neighbours(samples: Tensor, neighbours: Tensor, distances: Tensor) -> Tensor:
+    """Draws a row for each sample: the sample, then its nearest training images, each above its distance.
 
     Args:
         samples: (N, C, H, W) uint8.
-        train: (M, C, H, W) uint8.
-        indices: (N, k), from `nearest_neighbours`.
+        neighbours: (N, k, C, H, W) uint8.
+        distances: (N, k).
 
     Returns:
-        The grid, (3, height, width) uint8.
+        (3, height, width) uint8.
     """
-    rows = torch.cat([samples[:, None], train[indices]], dim=1)  # (N, 1 + k, C, H, W)
-    return save_grid(rows.flatten(0, 1), path, num_columns=rows.shape[1])
+    rows: list[Row] = [("", ["sample", *(f"nearest {number}" for number in range(1, distances.shape[1] + 1))])]
+    for sample, nearest, distance in zip(samples, neighbours, distances.tolist(), strict=True):
+        rows.append(("", enlarge(make_grid(torch.cat([sample[None], nearest]), 1 + len(nearest)))))
+        rows.append(("", ["distance", *(f"{value:#.3g}" for value in distance)]))
+    return draw_rows(rows)

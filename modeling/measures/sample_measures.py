@@ -4,13 +4,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from modeling.images import encode_png
 from modeling.measures.distances import measure_distances
 from modeling.measures.evaluation_file import Record
 from modeling.measures.extractors import Extractor, load_inception, load_own_encoder
 from modeling.measures.features import Features, extract_features
-from modeling.measures.neighbours import memorisation_ratio, nearest_neighbours, save_neighbours
+from modeling.measures.neighbours import draw_neighbours, memorisation_ratio, nearest_neighbours
 from modeling.measures.subject import Subject
 from modeling.options import REPOSITORY
+from modeling.system.files import write_atomically
 
 _SHOWN, _NEIGHBOURS = 10, 5  # samples in the picture of neighbours, and neighbours of each
 
@@ -68,8 +70,9 @@ class EncoderMeasure(DistanceMeasure):
     def take(self) -> Record:
         (record, samples, generated, train), data = self._measure(), self.subject.data
         test = self._extract(data.test, "test", data.cache)
-        nearest = nearest_neighbours(generated.values[:_SHOWN], train.values, _NEIGHBOURS)[1]
-        save_neighbours(samples[:_SHOWN], data.train, nearest, self.subject.folder / "neighbours.png")
+        distances, nearest = nearest_neighbours(generated.values[:_SHOWN], train.values, _NEIGHBOURS)
+        picture = draw_neighbours(samples[:_SHOWN], data.train[nearest], distances)
+        write_atomically(self.subject.folder / "neighbours.png", encode_png(picture, self.identity))
         count = min(len(samples), len(data.test))
         record["identity"]["memorisation_num_images"] = count  # samples and test images
         record["values"] |= {

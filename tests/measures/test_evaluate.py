@@ -51,7 +51,7 @@ def test_every_number_is_the_librarys_with_its_identity(finished_run, measure, e
     assert not [name for name in values if "fid" in name]
     assert identity["memorisation_num_images"] == 12
     with Image.open("evaluation/neighbours.png") as picture:
-        assert picture.size == (3 * (34 * 6 + 2), 3 * (34 * 10 + 2))
+        assert picture.size == (3 * (34 * 6 + 2), 10 * 3 * (34 + 2) + 11 * 20)  # and a line of text more than rows
 
 
 def test_raw_and_averaged_weights_are_two_models(measure):

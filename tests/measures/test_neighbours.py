@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from modeling.images import enlarge, make_grid
 from modeling.measures import neighbours
-from modeling.measures.neighbours import memorisation_ratio, nearest_neighbours, save_neighbours
+from modeling.measures.neighbours import draw_neighbours, memorisation_ratio, nearest_neighbours
 from tests.helpers import random_images
 
 pytestmark = pytest.mark.numeric
@@ -76,10 +75,14 @@ def test_rows_without_neighbours_are_rejected(call, message):
         call()
 
 
-def test_the_picture_has_a_row_for_each_sample_with_its_neighbours(tmp_path):
-    _, indices = nearest_neighbours(SAMPLES[:3], TRAIN, 4)
-    grid = save_neighbours(SAMPLES[:3], TRAIN, indices, tmp_path / "new" / "neighbours.png")
-    tiles = [tile for row in range(3) for tile in (SAMPLES[row], *TRAIN[indices[row]])]
-    assert torch.equal(grid, enlarge(make_grid(torch.stack(tiles), num_columns=5)))
-    picture = np.array(Image.open(tmp_path / "new" / "neighbours.png"))
-    assert np.array_equal(picture, grid.permute(1, 2, 0).numpy())
+def test_the_picture_has_a_row_for_each_sample_with_its_neighbours_and_their_distances():
+    distances, indices = nearest_neighbours(SAMPLES[:3], TRAIN, 4)
+    picture = draw_neighbours(SAMPLES[:3], TRAIN[indices], distances)
+    tiles = [enlarge(make_grid(torch.stack([SAMPLES[row], *TRAIN[indices[row]]]), 5)) for row in range(3)]
+    height = tiles[0].shape[1]
+    line = (picture.shape[1] - 3 * height) // 4
+    for row in range(3):
+        top = line + row * (height + line)
+        assert torch.equal(picture[:, top : top + height], tiles[row])
+        captions = picture[:, top + height : top + height + line].tensor_split(5, dim=2)
+        assert all(caption.min() < 128 for caption in captions)
