@@ -4,6 +4,7 @@
     python sample.py checkpoint=model.safetensors num_images=5000 out=samples.npz     # or out=FOLDER: PNG files
     python sample.py checkpoint=model.safetensors sampler=ddim num_steps=50 seed=3 out=ddim.png
     python sample.py checkpoint=model.safetensors picture=path out=path.png num_images=4   # or interpolation
+    python sample.py checkpoint=model.safetensors picture=path out=path.gif num_images=4   # it moves; or path.webp
 
 Image i is a function of the checkpoint, the sampler, the seed and i: the same whatever the batch size, up to rounding.
 The same command resumes after a stop.
@@ -17,36 +18,51 @@ from modeling.config import parse
 from modeling.options import SampleConfig, check_out
 from modeling.system.command_line import script
 from modeling.system.errors import UserError
-from modeling.system.files import check_writable
+from modeling.system.files import check_writable, write_atomically
 from modeling.system.signals import stopping_on_signals
 
 
 @script("sample", SampleConfig, parse)
 def main(options: SampleConfig) -> None:
     out = Path(options.out)
-    check_out(out, options.overwrite, is_folder=out.suffix not in (".png", ".npz"))
+    check_out(out, options.overwrite, is_folder=options.is_folder)
     parts = out.with_name(f"{out.name}.partial")
     check_writable(parts, is_folder=True)
     if out.is_dir() and not (out / "identity.json").exists():
         raise UserError(f"out={out}: this folder does not hold samples, so it is not replaced")
     with stopping_on_signals():
-        from modeling.images import save_grid
-        from modeling.measures.explain import COLUMNS, denoising_path, interpolation
+        from modeling.images import encode_png, save_grid
+        from modeling.measures import explain
         from modeling.measures.sample_files import write_samples
         from modeling.measures.trained import SIZE, load_trained
         from modeling.system.progress import progress_bar
 
         trained, _ = load_trained(options)
+        about = trained.samples_identity | {"checkpoint": options.checkpoint}
+        model = (trained.model, options.num_images, SIZE, trained.device, trained.sampler)
+        bar = partial(progress_bar, desc="sampling")
         if options.picture == "grid":
-            write_samples(trained.draw(parts), trained.samples_identity, out)
+            images = trained.draw(parts)
+            if out.suffix == ".png":
+                save_grid(images, out, scale=options.scale, about=about)
+            else:
+                write_samples(images, trained.samples_identity, out)
             shutil.rmtree(parts)
+        elif options.picture == "interpolation":
+            images = explain.interpolation(*model, seed=options.seed, precision=trained.precision, bar=bar)
+            save_grid(images, out, explain.COLUMNS, scale=options.scale, about=about)
         else:
-            show = denoising_path if options.picture == "path" else interpolation
-            images = show(
-                trained.model, options.num_images, SIZE, trained.device, trained.sampler, seed=options.seed,
-                precision=trained.precision, bar=partial(progress_bar, desc="sampling"),
+            is_still = out.suffix == ".png"
+            moments = explain.denoising_path(
+                *model, seed=options.seed, precision=trained.precision, bar=bar,
+                num_moments=explain.COLUMNS if is_still else explain.FRAMES,
             )  # fmt: skip
-            save_grid(images, out, num_columns=COLUMNS)
+            if is_still:
+                content = encode_png(explain.draw_path(moments, options.scale), about)
+            else:
+                frames = [explain.draw_moment(moment, options.scale) for moment in moments]
+                content = explain.encode_animation(frames, out.suffix, about)
+            write_atomically(out, content)
     print(out)
 
 

@@ -70,22 +70,34 @@ class SampleConfig(Sampling):
     """All of `conf/sample.yaml`."""
 
     out: PathText
-    """*.png: one picture; *.npz: all images in an array; else a folder with a PNG for each image."""
+    """*.png: one picture; *.npz: all images in an array; *.gif, *.webp: picture=path, moving; else a folder of PNGs."""
     picture: Literal["grid", "path", "interpolation"]
-    """grid: the images; path: how each forms; interpolation: rows between images 2k and 2k + 1 (both: out=*.png)."""
+    """grid: the images; path: how each forms; interpolation: rows between images 2k and 2k + 1."""
+    scale: Annotated[int, Field(ge=1, le=32)] | None
+    """Enlarges each pixel of a picture this many times; null: until the picture is 500 pixels wide."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether `out` is a folder of PNG files."""
+        return Path(self.out).suffix not in (".npz", ".png", ".gif", ".webp")
 
     @model_validator(mode="after")
     def _fits_out(self) -> Self:
         if not Path(self.out).name:
             raise ValueError(f"out must name a file or a folder, got {self.out}")
-        if (suffix := Path(self.out).suffix) not in ("", ".png", ".npz") and not suffix[1:].isdigit():
-            raise ValueError(f"out must end in .png or .npz, or name a folder, which has no suffix, got {self.out}")
-        if self.picture != "grid" and not self.out.endswith(".png"):
-            raise ValueError(f"picture={self.picture} needs out=*.png, got {self.out}")
-        if self.picture != "grid" and self.num_images > 16:
+        suffix, kinds = Path(self.out).suffix, {"path": (".png", ".gif", ".webp"), "interpolation": (".png",)}
+        if self.picture == "grid" and suffix not in ("", ".png", ".npz") and not suffix[1:].isdigit():
             raise ValueError(
-                f"picture={self.picture} has a row for each of at most 16 num_images, got {self.num_images}"
+                "out must end in .png or .npz, or name a folder, which has no suffix "
+                f"(.gif and .webp are for picture=path), got {self.out}"
             )
+        if self.picture != "grid" and suffix not in kinds[self.picture]:
+            wanted = " or ".join(f"*{kind}" for kind in kinds[self.picture])
+            raise ValueError(f"picture={self.picture} needs out={wanted}, got {self.out}")
+        if self.picture != "grid" and self.num_images > 16:
+            raise ValueError(f"num_images must be at most 16 with picture={self.picture}, got {self.num_images}")
+        if self.scale is not None and (suffix == ".npz" or self.is_folder):
+            raise ValueError(f"scale must be null with out={self.out}, whose images are not enlarged, got {self.scale}")
         return self
 
 

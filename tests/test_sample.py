@@ -59,7 +59,10 @@ def test_samples_depend_on_the_batch_size_by_rounding_only(finished_run, compose
         (["checkpoint={run}/model.safetensors", "num_steps=21"], "num_steps must be at most 20, got 21"),
         (["checkpoint={run}/model.safetensors", "sampler=ddim", "eta=-1"], "eta=-1"),
         (["checkpoint={run}/model.safetensors", "sampler=dpm_solver", "eta=1.0"], "eta must be null with sampler=dpm"),
-        (["checkpoint={run}/model.safetensors", "picture=path", "out=a.npz"], r"picture=path needs out=\*\.png, got a"),
+        (
+            ["checkpoint={run}/model.safetensors", "picture=path", "out=a.npz"],
+            r"picture=path needs out=\*\.png or \*\.gif or .*got a",
+        ),
         (["checkpoint={run}/model.safetensors", "weights=raw"], "holds averaged weights only"),
         (["checkpoint={run}/model.safetensors", "out={run}", "overwrite=true"], "does not hold samples"),
         (["checkpoint={run}/model.safetensors", "out={run}/samples/inputs.png"], "exists already"),
@@ -94,10 +97,16 @@ def test_a_stopped_script_resumes_and_writes_every_kind_of_output(finished_run, 
         assert np.array_equal(np.array(image), images[5].permute(1, 2, 0).numpy())
     sample.main(compose_config(*options, "out=raw.npz", "weights=raw", name="sample"))
     assert not torch.equal(read_samples(tmp_path / "raw.npz")[0], images)
-    for picture in ("path", "interpolation"):
-        sample.main(compose_config(*options, f"picture={picture}", f"out={picture}.png", name="sample"))
-        with Image.open(f"{picture}.png") as image:
-            assert image.size == (2 * (34 * 10 + 2), 2 * (34 * (12 if picture == "path" else 6) + 2))
+    for picture, out in (("path", "path.png"), ("path", "path.webp"), ("interpolation", "between.png")):
+        sample.main(compose_config(*options, f"picture={picture}", f"out={out}", "scale=4", name="sample"))
+    with Image.open("between.png") as image:
+        assert image.size == (4 * (34 * 10 + 2), 4 * (34 * 6 + 2))
+        about = json.loads(image.info["Comment"])
+        assert about == identity | {"checkpoint": str(finished_run)}
+    with Image.open("path.png") as image:
+        assert image.size[1] == 12 * 4 * (34 + 2) + 20  # a line of text
+    with Image.open("path.webp") as image:
+        assert (image.n_frames, image.size) == (5, (4 * 2 * (34 * 2 + 2), 4 * (34 * 3 + 2) + 20))
 
 
 def hostile(config: dict) -> dict:
@@ -151,18 +160,26 @@ def test_a_bug_inside_sampling_keeps_its_traceback(finished_run, compose_config,
         sample.main(compose_config(*options, name="sample"))
 
 
+KINDS = "out must end in .png or .npz, or name a folder, which has no suffix (.gif and .webp are for picture=path)"
+
+
 @pytest.mark.parametrize(
     ("out", "message"),
     [
         (".", "out must name a file or a folder, got ."),
         ("/", "out must name a file or a folder, got /"),
-        ("x.jpg", "out must end in .png or .npz, or name a folder, which has no suffix, got x.jpg"),
-        ("x.PNG", "out must end in .png or .npz, or name a folder, which has no suffix, got x.PNG"),
+        ("x.jpg", f"{KINDS}, got x.jpg"),
+        ("x.gif", f"{KINDS}, got x.gif"),
+        ("x.PNG", f"{KINDS}, got x.PNG"),
+        ("x.npz scale=2", "scale must be null with out=x.npz, whose images are not enlarged, got 2"),
+        ("x scale=2", "scale must be null with out=x, whose images are not enlarged, got 2"),
+        ("x.gif picture=interpolation", "picture=interpolation needs out=*.png, got x.gif"),
+        ("x.gif picture=path", "num_images must be at most 16 with picture=path, got 64"),
     ],
 )
 def test_an_output_of_no_known_kind_is_rejected(compose_config, capsys, out, message):
     with ends_in_error(capsys, f"^{re.escape(message)}$"):
-        sample.main(compose_config("checkpoint=any.pt", f"out={out}", "overwrite=true", name="sample"))
+        sample.main(compose_config("checkpoint=any.pt", *f"out={out}".split(), "overwrite=true", name="sample"))
 
 
 def test_a_run_folder_is_a_checkpoint(tmp_path):

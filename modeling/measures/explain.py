@@ -1,16 +1,33 @@
-"""Two pictures that explain a model: how images form out of noise, and the images between two samples."""
+"""Pictures that explain a model: how images form out of noise, and the images between two samples."""
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from modeling.diffusion import DiffusionModel
-from modeling.images import to_uint8
+from modeling.images import enlarge, make_grid, to_uint8
+from modeling.measures.captions import Row, draw_rows
 from modeling.runtime import autocast, check_finite
 from modeling.samplers import Sampler, sample, sample_images
 from modeling.seeding import image_noise
 from modeling.system.progress import Bar
 
 COLUMNS = 10  # of both pictures
+FRAMES = 40  # at most, of an animation
+_MILLISECONDS, _LAST_MILLISECONDS = 100, 3000  # that a frame is shown
+_IMAGE_DESCRIPTION = 0x010E  # in EXIF
+
+
+class Moment(NamedTuple):
+    """What a sampler has before a step: x_t and the predicted x_0, (N, C, H, W) uint8; at timestep 0 the result."""
+
+    timestep: int
+    x_t: Tensor
+    x_0: Tensor
 
 
 def denoising_path(
@@ -22,28 +39,67 @@ def denoising_path(
     *,
     seed: int,
     precision: str = "fp32",
-    num_columns: int = COLUMNS,
+    num_moments: int = COLUMNS,
     bar: Bar = iter,
-) -> Tensor:
-    """How images form out of noise, in columns evenly spaced over the steps, the result last.
+) -> list[Moment]:
+    """How images form out of noise, at moments evenly spaced over the steps, the result last.
 
-    Arguments are those of `sample_images`.
-
-    Returns:
-        (2 num_images num_columns, C, H, W) uint8: for each image a row of x_t and, below, one of the predicted x_0.
+    Arguments are those of `sample_images`; of fewer steps than `num_moments` - 1, every one is a moment.
     """
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Moment] = []
 
     def observe(timestep: int, x_t: Tensor, x_0: Tensor) -> None:
-        seen.append((to_uint8(x_t).cpu(), to_uint8(x_0).cpu()))
+        seen.append(Moment(timestep, to_uint8(x_t).cpu(), to_uint8(x_0).cpu()))
 
     x = sample_images(
         model, num_images, size, device, sampler, seed=seed, precision=precision, bar=bar, observe=observe
     )
     check_finite(x, "a sample", precision)
-    chosen = [seen[i * len(seen) // (num_columns - 1)] for i in range(num_columns - 1)]
-    columns = [*chosen, (to_uint8(x).cpu(),) * 2]
-    return torch.stack([torch.stack(pair) for pair in columns], dim=2).transpose(0, 1).flatten(0, 2)
+    count = min(num_moments - 1, len(seen))
+    result = to_uint8(x).cpu()
+    return [*(seen[i * len(seen) // count] for i in range(count)), Moment(0, result, result)]
+
+
+def draw_path(moments: Sequence[Moment], scale: int | None = None) -> Tensor:
+    """A column for each moment; for each image a row of x_t and, below, one of the predicted x_0.
+
+    Returns:
+        (3, height, width) uint8; for the scale see `enlarge`.
+    """
+    rows: list[Row] = [("timestep", [str(moment.timestep) for moment in moments])]
+    for image in range(len(moments[0].x_t)):
+        for name, tiles in (
+            ("x_t", [moment.x_t[image] for moment in moments]),
+            ("predicted x_0", [moment.x_0[image] for moment in moments]),
+        ):
+            rows.append((name, enlarge(make_grid(torch.stack(tiles), len(tiles)), scale)))
+    return draw_rows(rows)
+
+
+def draw_moment(moment: Moment, scale: int | None = None) -> Tensor:
+    """All images as x_t and, beside, as the predicted x_0; (3, height, width) uint8."""
+    picture = torch.cat([make_grid(moment.x_t), make_grid(moment.x_0)], dim=2)
+    return draw_rows([("", [f"x_t, timestep {moment.timestep}", "predicted x_0"]), ("", enlarge(picture, scale))])
+
+
+def encode_animation(frames: Sequence[Tensor], suffix: str, about: dict[str, Any]) -> bytes:
+    """Encodes frames (3, H, W) uint8 as the bytes of a file that shows them for ever, the last one longer.
+
+    Args:
+        suffix: ".gif", of 256 colours a frame, or ".webp", without loss.
+        about: plain values, which the file holds as JSON: in the GIF's comment, in the WebP's EXIF ImageDescription.
+    """
+    from PIL import Image
+
+    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
+    durations = [_MILLISECONDS] * (len(images) - 1) + [_LAST_MILLISECONDS]
+    text, exif, buffer = json.dumps(about), Image.Exif(), io.BytesIO()
+    exif[_IMAGE_DESCRIPTION] = text
+    own = {".gif": {"comment": text}, ".webp": {"exif": exif, "lossless": True}}[suffix]
+    images[0].save(
+        buffer, suffix[1:], save_all=True, append_images=images[1:], duration=durations, loop=0, **own
+    )  # fmt: skip
+    return buffer.getvalue()
 
 
 def interpolation(

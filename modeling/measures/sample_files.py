@@ -1,4 +1,4 @@
-"""Samples as files: a grid, an array with its identity, a folder of pictures."""
+"""Samples as files: an array with its identity, a folder of pictures."""
 
 import io
 import json
@@ -10,20 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.images import encode_png, save_grid
+from modeling.images import encode_png
 from modeling.measures.resumable import IDENTITY, encode_identity
 from modeling.system.files import write_atomically
 from modeling.system.reading import parse_json, reading_arrays
 
 
 def write_samples(images: Tensor, identity: dict, out: Path) -> None:
-    """Writes images (N, 3, H, W) uint8 as the kind that `out` names: *.png, a grid; *.npz; else a folder of PNG files.
+    """Writes images (N, 3, H, W) uint8 as the kind that `out` names: *.npz, or else a folder of PNG files.
 
     The .npz holds `arr_0`, (N, H, W, 3) as other projects' evaluation expects it, and `identity`, a JSON text.
     """
-    if out.suffix == ".png":
-        save_grid(images, out)
-    elif out.suffix == ".npz":
+    if out.suffix == ".npz":
         buffer = io.BytesIO()
         np.savez(buffer, arr_0=images.permute(0, 2, 3, 1).numpy(), identity=json.dumps(identity, sort_keys=True))
         write_atomically(out, buffer.getbuffer())

@@ -1,13 +1,25 @@
 """Pictures that explain a model: the path of an image, and images between two."""
 
+import io
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 
 from modeling.diffusion import DiffusionModel
-from modeling.images import to_uint8
-from modeling.measures.explain import denoising_path, interpolation
+from modeling.images import enlarge, make_grid, to_uint8
+from modeling.measures.explain import (
+    Moment,
+    denoising_path,
+    draw_moment,
+    draw_path,
+    encode_animation,
+    interpolation,
+)
 from modeling.samplers import Sampler, sample_images
-from tests.helpers import Lambda
+from tests.helpers import Lambda, random_images
 
 pytestmark = pytest.mark.numeric
 
@@ -20,17 +32,49 @@ def model() -> DiffusionModel:
 
 def test_the_path_of_an_image_begins_in_noise_and_ends_in_its_sample():
     sampler = Sampler(num_steps=9)
-    found = denoising_path(model(), 2, SIZE, "cpu", sampler, seed=1, num_columns=4).reshape(2, 2, 4, *SIZE)
+    moments = denoising_path(model(), 2, SIZE, "cpu", sampler, seed=1, num_moments=4)
     steps = {}
 
     def observe(timestep, x_t, x_0):
         steps[timestep] = to_uint8(x_t), to_uint8(x_0)
 
     expected = to_uint8(sample_images(model(), 2, SIZE, "cpu", sampler, seed=1, observe=observe))
-    assert torch.equal(found[:, 0, -1], expected)
-    assert torch.equal(found[:, 1, -1], expected)
-    assert torch.equal(found[:, 0, 0], steps[12][0])
-    assert torch.equal(found[:, 1, 0], steps[12][1])
+    assert [moment.timestep for moment in moments] == [12, 8, 4, 0]
+    for timestep, x_t, x_0 in moments[:-1]:
+        assert torch.equal(x_t, steps[timestep][0])
+        assert torch.equal(x_0, steps[timestep][1])
+    assert torch.equal(moments[-1].x_t, expected)
+    assert torch.equal(moments[-1].x_0, expected)
+
+
+def test_of_a_few_steps_each_is_a_moment_of_the_path():
+    moments = denoising_path(model(), 1, SIZE, "cpu", Sampler(num_steps=3), seed=1)
+    assert [moment.timestep for moment in moments] == [12, 8, 4, 0]
+
+
+MOMENTS = [Moment(timestep, *random_images(4, 3, 32, 32, seed=timestep).split(2)) for timestep in (12, 6, 0)]
+
+
+def test_the_path_is_drawn_in_rows_of_x_t_and_predicted_x_0():
+    picture = draw_path(MOMENTS, scale=2)
+    rows = [[getattr(moment, name)[image] for moment in MOMENTS] for image in range(2) for name in ("x_t", "x_0")]
+    tiles = torch.cat([enlarge(make_grid(torch.stack(row), 3), 2) for row in rows], dim=1)
+    assert torch.equal(picture[:, -tiles.shape[1] :, -tiles.shape[2] :], tiles)
+    above = picture[:, : -tiles.shape[1], -tiles.shape[2] :].tensor_split(3, dim=2)
+    beside = picture[:, -tiles.shape[1] :, : -tiles.shape[2]].tensor_split(4, dim=1)
+    assert all(place.min() < 128 for place in above + beside)  # a timestep and a name
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".gif", 16), (".webp", 0)])
+def test_an_animation_shows_each_moment_and_says_how_it_was_made(suffix, tolerance):
+    frames, about = [draw_moment(moment) for moment in MOMENTS], {"seed": 1}
+    with Image.open(io.BytesIO(encode_animation(frames, suffix, about))) as animation:
+        found = [np.array(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(animation)]
+        text = animation.info["comment"] if suffix == ".gif" else animation.getexif()[0x010E]
+    assert json.loads(text) == about
+    assert len(found) == len(frames)
+    for shown, frame in zip(found, frames, strict=True):
+        assert np.abs(shown - frame.permute(1, 2, 0).numpy()).mean() <= tolerance
 
 
 @pytest.mark.parametrize("show", [denoising_path, interpolation])
