@@ -114,6 +114,6 @@ def load_images(folder: str | Path, split: str, manifest: "Manifest") -> Tensor:
     remedy = "run prepare_data.py again"
     if not path.is_file():
         raise UserError(f"{path} is missing: {remedy}")
-    if (digest := sha256_of(path)) != manifest["files"][path.name]["sha256"]:
-        raise UserError(f"{path} is not what was prepared (its SHA-256 is {digest}): {remedy}")
+    if sha256_of(path) != manifest["files"][path.name]["sha256"]:
+        raise UserError(f"{path} has changed since it was prepared: {remedy}")
     return torch.from_numpy(read_array(path, remedy))

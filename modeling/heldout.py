@@ -43,7 +43,7 @@ def denoising_loss(
     losses = []
     starts = range(0, len(images), batch_size)
     with evaluating(model), autocast(device, precision):
-        for start in progress_bar(starts, desc=desc):
+        for start in progress_bar(starts, desc=desc, leave=False):
             index = torch.arange(start, min(start + batch_size, len(images)), device=device)
             x_0 = to_model_range(images[start : start + batch_size].to(device))
             noise = draw_normal(_SEED, Purpose.EVALUATION, 0, index, images.shape[1:])

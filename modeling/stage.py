@@ -103,8 +103,8 @@ def read_manifest(dataset: Dataset) -> Manifest:
     found = manifest["dataset"]
     wanted = {key: getattr(dataset, key, None) for key in found}
     if found != wanted:
+        changed = (f"{key}={found[key]}, not {wanted[key]}" for key in found if found[key] != wanted[key])
         raise UserError(
-            f"{folder} was prepared with {found}, not with {wanted}: run `{command}`, or keep both: with another "
-            "dataset.root"
+            f"{folder} was prepared with {'; '.join(changed)}: run `{command}`, or keep both: with another dataset.root"
         )
     return manifest

@@ -68,7 +68,7 @@ def test_loading_verifies_the_bytes(tmp_path, tiny_data):
     with pytest.raises(ValueError, match=r"train.npy is missing: run prepare_data.py"):
         load_images(tmp_path, "train", manifest)
     np.save(tmp_path / "train.npy", np.zeros((64, 3, 32, 32), np.uint8))
-    with pytest.raises(ValueError, match="not what was prepared"):
+    with pytest.raises(ValueError, match="has changed since it was prepared"):
         load_images(tmp_path, "train", manifest)
 
 

@@ -8,7 +8,9 @@ import torch
 import yaml
 
 from modeling.run.identity import data_sha256
-from tests.helpers import ROOT, run_script
+from tests.helpers import ROOT, leaves, run_script
+
+PARAMS = ROOT / "params.yaml"
 
 
 @pytest.mark.slow
@@ -25,15 +27,20 @@ def test_a_run_leaves_everything_a_user_needs(finished_run):
 @pytest.mark.slow
 def test_the_terminal_shows_what_will_run_and_how_it_goes(finished_run):
     out, err = (finished_run.with_name(name).read_text() for name in ("out", "err"))
-    resolved, _, rest = out.partition("\n\n")
-    assert yaml.safe_load(resolved) == yaml.safe_load((finished_run / "config.yaml").read_text())
+    heading, *changed = out.partition("\n\n")[0].splitlines()
+    rest = out.partition("\n\n")[2]
+    assert heading == "configuration of params.yaml, with"
+    values, defaults = (leaves(yaml.safe_load(path.read_text())) for path in (finished_run / "config.yaml", PARAMS))
+    assert {line.split()[0] for line in changed} == {key for key in values if values[key] != defaults[key]}
+    assert '  dataset.name                    "cifar10" -> "shapes"' in changed
     for pattern in (
         r"model +ddpm, [\d,]+ parameters", r"device +(cpu, \d+ threads|cuda), (fp32|bf16)",
         r"training +8 steps of 16 images, 4 steps an epoch", rf"run folder +{finished_run}", r"samples +\S+/8\.png",
     ):  # fmt: skip
         assert re.search(pattern, rest)
-    last = [line for line in err.splitlines() if line.startswith("training")][-1]  # a line, no carriage returns
-    assert re.search(r"8/8 \[.*<.*, epoch 2, loss [\d.]+, lr [\d.e-]+, \d+ images/s\]", last)
+    first, last = [line for line in err.splitlines() if "training: " in line]  # lines, no carriage returns
+    assert re.fullmatch(r"20\S+ \d\d:\d\d:\d\d training: +0%\| 0/8 \[00:00<\?\]", first)
+    assert re.search(r"training: 100%\| 8/8 \[00:\d\d<00:00, \d+ images/s, loss [\d.]+\]", last)
 
 
 @pytest.mark.slow

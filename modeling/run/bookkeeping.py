@@ -157,7 +157,4 @@ class Bookkeeping:
 def describe_line(line: Line) -> str:
     """The part of a log line that is shown beside the progress bar."""
     skipped = f", {line['train/skipped']} skipped" if line["train/skipped"] else ""
-    return (
-        f"epoch {line['epoch']}, loss {line['train/loss_smoothed']:.4f}, "
-        f"lr {line['train/lr']:.1e}, {line['images_per_second']:.0f} images/s{skipped}"
-    )
+    return f"{line['images_per_second']:.0f} images/s, loss {line['train/loss_smoothed']:.4f}{skipped}"

@@ -146,7 +146,7 @@ class RunFolder:
             return None
         _, checkpoint, theirs = max(found)
         how = describe_differences(differences(theirs, self.identity), "that run")
-        return f"note: {checkpoint} differs from this run only in {how}; to start from it, set " + override(
+        return f"note: {checkpoint} is of a run like this one with {how}; to start from it, set " + override(
             "runtime.resume", checkpoint
         )
 

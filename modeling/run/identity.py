@@ -92,13 +92,19 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str
     return result
 
 
+_IN_WORDS = {"data": "other training or held-out images", "code": "other code"}  # hashes explain nothing
+
+
 def describe_differences(changed: Mapping[str, tuple[Any, Any]], first: str, second: str = "this run") -> str:
-    """What `differences` found, in a line: `seed: checkpoint 0, this run 1`.
+    """What `differences` found, in a line: `other code; seed: checkpoint 0, this run 1`.
 
     Args:
         first, second: what the two dictionaries are of.
     """
-    return "; ".join(f"{key}: {first} {json.dumps(a)}, {second} {json.dumps(b)}" for key, (a, b) in changed.items())
+    return "; ".join(
+        _IN_WORDS.get(key, f"{key}: {first} {json.dumps(a)}, {second} {json.dumps(b)}")
+        for key, (a, b) in changed.items()
+    )
 
 
 # ---- the code that runs

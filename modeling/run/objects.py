@@ -1,21 +1,23 @@
 """The objects of a run, and what is done with them outside training steps: loading, saving, sampling, measuring."""
 
+import json
 import math
 import platform
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 
 from modeling import build
 from modeling.checkpoint import Checkpoint, CheckpointError, load_fitting
-from modeling.config import Config, to_yaml
+from modeling.config import Config
 from modeling.data import load_images
 from modeling.ema import Ema
 from modeling.heldout import denoising_loss
 from modeling.run.bookkeeping import Bookkeeping, TrainState
 from modeling.run.folder import RunFolder, describe_state
-from modeling.run.identity import describe_differences, differences
+from modeling.run.identity import ROOT, describe_differences, differences
 from modeling.run.records import Tracker, write_csv
 from modeling.run.step import Step
 from modeling.runtime import peak_memory_bytes, place, resolve_micro_batch_size
@@ -24,6 +26,7 @@ from modeling.stage import Manifest
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of, write_json
 from modeling.system.progress import progress_bar
+from modeling.system.reading import read_yaml
 from modeling.training import generate_samples
 
 
@@ -71,16 +74,18 @@ class Run:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def describe(self) -> str:
-        """What will run, for the terminal."""
+        """What will run, for the terminal: what differs from params.yaml, then the rest."""
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         at = f", from step {self.state.step:,}" if self.state.step else ""
+        changed = differences(read_yaml(ROOT / "params.yaml", dict[str, Any]), self.config.model_dump())
+        lines = [f"  {key:<32}{json.dumps(a)} -> {json.dumps(b)}\n" for key, (a, b) in changed.items()]
         return (
-            f"{to_yaml(self.config)}\n"
+            f"configuration of params.yaml{', with' if lines else ''}\n{''.join(lines)}\n"
             f"model       {self.config.model.name}, {self.num_parameters:,} parameters\n"
             f"device      {self.device}{threads}, {self.precision}, {self.micro_batch_size} images at a time\n"
             f"training    {self.last_step:,} steps of {self.batches.batch_size} images, "
             f"{self.batches.steps_per_epoch:,} steps an epoch{at}\n"
-            f"run folder  {self.folder.path}/\n"
+            f"run folder  {self.folder.path}/, its config.yaml has the whole configuration"
         )
 
     @property

@@ -39,8 +39,8 @@ ARTEFACTS = (
 MUST_MATCH = ("seed", "data", "dataset", "model", "diffusion", "optimizer.name", "train.batch_size")
 
 
-def _identify(config: Config, last_step: int, manifest: Manifest) -> tuple[Identity, Checkpoint | None]:
-    """The run's identity, and the checkpoint that `runtime.resume` names, if it names one.
+def _identify(config: Config, last_step: int, manifest: Manifest) -> tuple[Identity, Checkpoint | None, str]:
+    """The run's identity, the checkpoint that `runtime.resume` names, if it names one, and what differs in that.
 
     Raises:
         UserError: for a file that is no checkpoint, one of another architecture, data set or seed, or a later step.
@@ -48,7 +48,7 @@ def _identify(config: Config, last_step: int, manifest: Manifest) -> tuple[Ident
     identity = identify(config, last_step, data_sha256(manifest), code_sha256())
     resume = config.runtime.resume
     if resume in ("auto", "never"):
-        return identity, None
+        return identity, None, ""
     try:
         origin = load_checkpoint(resume)
         origin_identity, origin_name = origin["about"]["identity"], describe_state(origin)
@@ -72,10 +72,11 @@ def _identify(config: Config, last_step: int, manifest: Manifest) -> tuple[Ident
             f"runtime.resume={resume}: this checkpoint is at step {origin['state']['step']:,}, after the end of the "
             f"run ({last_step:,} steps)"
         )
-    if changed:  # otherwise it is this run itself, with the result of an uninterrupted one
-        identity["origin"] = origin_name
-        print(f"starting from {resume} ({origin_name}) with {describe_differences(changed, 'checkpoint')}")
-    return identity, origin
+    if not changed:  # it is this run itself, with the result of an uninterrupted one
+        return identity, origin, ""
+    identity["origin"] = origin_name
+    how = describe_differences(changed, "checkpoint")
+    return identity, origin, f"starting from {resume} ({origin_name}) with {how}"
 
 
 def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
@@ -98,7 +99,7 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
     machine = build.build_runtime(config.runtime)
     images, length = manifest["files"]["train.npy"], config.train
     last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
-    identity, origin = _identify(config, last_step, manifest)
+    identity, origin, note = _identify(config, last_step, manifest)
     path = repository() / (config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
     folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
     with folder.claimed():
@@ -125,9 +126,9 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
             print(f"{longer}: starting from scratch")
             folder.clear()
             run = Run(config, manifest, last_step, folder, *machine)
-        if run.state.step == 0 and (similar := folder.similar_run()) is not None:
-            print(similar)
-        print(run.describe(), flush=True)
+        if run.state.step == 0 and not note:
+            note = folder.similar_run() or ""
+        print("\n".join([run.describe(), *([note] if note else []), ""]), flush=True)
         _carry_out(run)
     return path
 

@@ -124,5 +124,5 @@ def test_only_the_prepared_pictures_are_trained_on(tmp_path, monkeypatch, compos
     prepare_data.main(values)
     assert read_manifest(parse(values).dataset)["pictures"]["count"] == 8
     values.dataset.pictures = "other"
-    with ends_in_error(capsys, r"was prepared with .*'in'.*, not with .*'other'.*dataset\.pictures=other"):
+    with ends_in_error(capsys, r"was prepared with pictures=in, not other: .*dataset\.pictures=other"):
         main.main(values)

@@ -231,7 +231,7 @@ def test_a_run_that_differs_only_in_code_or_length_is_named(tmp_path):
     note = RunFolder(tmp_path / "second", longer).similar_run()
     path = tmp_path / "first" / "checkpoints" / "last.pt"
     assert note == (
-        f"note: {path} differs from this run only in optimizer.cosine_steps: that run 8, this run 20; "
+        f"note: {path} is of a run like this one with optimizer.cosine_steps: that run 8, this run 20; "
         f"to start from it, set runtime.resume={path}"
     )
     another = Identity({**IDENTITY, "code": "d", "seed": 1})

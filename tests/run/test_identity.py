@@ -70,6 +70,9 @@ def test_the_version_of_the_code_is_one_for_every_checkout(tmp_path):
 def test_differences_name_the_key_and_what_the_values_are_of():
     changed = differences({"seed": 0, "train": {"lr": 1.0}, "old": None}, {"seed": 1, "train": {"lr": 1.0, "new": "a"}})
     assert changed == {"seed": (0, 1), "train.new": (None, "a")}
+    assert describe_differences({"code": ("1f", "2e"), "data": ("3d", "4c")}, "checkpoint") == (
+        "other code; other training or held-out images"
+    )
     assert describe_differences(changed, "checkpoint") == (
         'seed: checkpoint 0, this run 1; train.new: checkpoint null, this run "a"'
     )

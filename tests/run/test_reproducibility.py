@@ -66,5 +66,7 @@ def test_the_same_command_finds_its_run_after_a_comment_is_edited(copied_main, t
     module.write_text(code + "\nOTHER = 1\n")
     output = run()
     assert "nothing to do" not in output
-    assert f"note: {first.relative_to(tmp_path)}/checkpoints/last.pt differs from this run only in code" in output
+    assert (
+        f"note: {first.relative_to(tmp_path)}/checkpoints/last.pt is of a run like this one with other code" in output
+    )
     assert len(list((tmp_path / "runs").iterdir())) == 2

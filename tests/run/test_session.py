@@ -121,10 +121,10 @@ def test_an_older_checkpoint_that_names_the_training_images_alone_starts_a_run(
     seal(older)
     if is_of_these_images:
         main.main(tiny("runtime.resume=older.pt"))
-        assert re.search(r'starting from older\.pt \(\S+@5\) with code: checkpoint "older", this run "\w+"\n',
+        assert re.search(r'starting from older\.pt \(\S+@5\) with other code\n',
                          capsys.readouterr().out)  # fmt: skip
     else:
-        with ends_in_error(capsys, r'belongs to another run and cannot be resumed \(data: checkpoint "0+", this run'):
+        with ends_in_error(capsys, r"belongs to another run and cannot be resumed \(other training or held-out images"):
             main.main(tiny("runtime.resume=older.pt"))
 
 
@@ -176,7 +176,7 @@ def test_a_longer_cosine_is_another_run_that_names_the_first(tiny, capsys):
     capsys.readouterr()
     main.main(tiny("train.num_epochs=3"))
     assert re.search(
-        r"note: \S+/last.pt differs from this run only in optimizer.cosine_steps: that run 8, this run 12(; "
+        r"note: \S+/last.pt is of a run like this one with optimizer.cosine_steps: that run 8, this run 12(; "
         r"optimizer.warmup_steps: that run 8, this run 12)?; to start from it, set runtime.resume=\S+/last.pt",
         capsys.readouterr().out,
     )
