@@ -69,10 +69,13 @@ def test_the_path_is_drawn_in_rows_of_x_t_and_predicted_x_0():
 def test_an_animation_shows_each_moment_and_says_how_it_was_made(suffix, tolerance):
     frames, about = [draw_moment(moment) for moment in MOMENTS], {"seed": 1}
     with Image.open(io.BytesIO(encode_animation(frames, suffix, about))) as animation:
-        found = [np.array(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(animation)]
+        found, durations = [], []
+        for frame in ImageSequence.Iterator(animation):
+            found.append(np.array(frame.convert("RGB")).astype(int))
+            durations.append(frame.info["duration"])
         text = animation.info["comment"] if suffix == ".gif" else animation.getexif()[0x010E]
     assert json.loads(text) == about
-    assert len(found) == len(frames)
+    assert durations == [100, 100, 3000]
     for shown, frame in zip(found, frames, strict=True):
         assert np.abs(shown - frame.permute(1, 2, 0).numpy()).mean() <= tolerance
 
