@@ -3,8 +3,8 @@
     python sample.py checkpoint=runs/<run>/model.safetensors num_images=64            # a grid, samples.png
     python sample.py checkpoint=model.safetensors num_images=5000 out=samples.npz     # or out=FOLDER: PNG files
     python sample.py checkpoint=model.safetensors sampler=ddim num_steps=50 seed=3 out=ddim.png
-    python sample.py checkpoint=model.safetensors picture=path out=path.png num_images=4   # or interpolation
-    python sample.py checkpoint=model.safetensors picture=path out=path.gif num_images=4   # it moves; or path.webp
+    python sample.py checkpoint=model.safetensors picture=path out=path.png    # or interpolation
+    python sample.py checkpoint=model.safetensors picture=path out=path.gif    # it moves; or path.webp
 
 Image i is a function of the checkpoint, the sampler, the seed and i: the same whatever the batch size, up to rounding.
 The same command resumes after a stop.
@@ -39,10 +39,11 @@ def main(options: SampleConfig) -> None:
 
         trained, _ = load_trained(options)
         about = trained.samples_identity | {"checkpoint": options.checkpoint}
-        model = (trained.model, options.num_images, SIZE, trained.device, trained.sampler)
+        num_images = options.num_images or (64 if options.picture == "grid" else 4)
+        model = (trained.model, num_images, SIZE, trained.device, trained.sampler)
         bar = partial(progress_bar, desc="sampling")
         if options.picture == "grid":
-            images = trained.draw(parts)
+            images = trained.draw(parts, num_images)
             if out.suffix == ".png":
                 save_grid(images, out, scale=options.scale, about=about)
             else:

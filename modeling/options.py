@@ -39,8 +39,6 @@ class Sampling(Machine):
     """model.safetensors, a full checkpoint (.pt), or the run's folder; of evaluate.py also linear or gaussian."""
     weights: Literal["ema", "raw"]
     """The averaged weights, or the plain ones, which only a full checkpoint holds."""
-    num_images: PositiveInt
-    """How many images are drawn."""
     batch_size: PositiveInt | None
     """Images at a time; results depend on it by rounding only. null: 64, on CUDA 512."""
     sampler: Literal["ancestral", "ddim", "dpm_solver"]
@@ -73,6 +71,8 @@ class SampleConfig(Sampling):
     """*.png: one picture; *.npz: all images in an array; *.gif, *.webp: picture=path, moving; else a folder of PNGs."""
     picture: Literal["grid", "path", "interpolation"]
     """grid: the images; path: how each forms; interpolation: rows between images 2k and 2k + 1."""
+    num_images: PositiveInt | None
+    """How many images are drawn, or rows of the interpolation; null: 64, for path and interpolation 4."""
     scale: Annotated[int, Field(ge=1, le=32)] | None
     """Enlarges each pixel of a picture this many times; null: until the picture is 500 pixels wide."""
 
@@ -94,7 +94,7 @@ class SampleConfig(Sampling):
         if self.picture != "grid" and suffix not in kinds[self.picture]:
             wanted = " or ".join(f"*{kind}" for kind in kinds[self.picture])
             raise ValueError(f"picture={self.picture} needs out={wanted}, got {self.out}")
-        if self.picture != "grid" and self.num_images > 16:
+        if self.picture != "grid" and self.num_images is not None and self.num_images > 16:
             raise ValueError(f"num_images must be at most 16 with picture={self.picture}, got {self.num_images}")
         if self.scale is not None and (suffix == ".npz" or self.is_folder):
             raise ValueError(f"scale must be null with out={self.out}, whose images are not enlarged, got {self.scale}")
@@ -108,6 +108,8 @@ class EvaluateConfig(Sampling):
     """A folder for evaluation.json, the samples and the pictures."""
     measures: Annotated[list[Literal["bits_per_dim", "heldout_loss", "encoder", "fid"]], Field(min_length=1)]
     """What is measured."""
+    num_images: PositiveInt
+    """How many samples are drawn for encoder and fid."""
     samples: PathText | None
     """An .npz of sample.py or another project, measured instead of new samples."""
     data: PathText | None

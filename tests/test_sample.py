@@ -174,7 +174,7 @@ KINDS = "out must end in .png or .npz, or name a folder, which has no suffix (.g
         ("x.npz scale=2", "scale must be null with out=x.npz, whose images are not enlarged, got 2"),
         ("x scale=2", "scale must be null with out=x, whose images are not enlarged, got 2"),
         ("x.gif picture=interpolation", "picture=interpolation needs out=*.png, got x.gif"),
-        ("x.gif picture=path", "num_images must be at most 16 with picture=path, got 64"),
+        ("x.gif picture=path num_images=17", "num_images must be at most 16 with picture=path, got 17"),
     ],
 )
 def test_an_output_of_no_known_kind_is_rejected(compose_config, capsys, out, message):

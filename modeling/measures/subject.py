@@ -70,7 +70,7 @@ class Samples:
             if identity == as_stored(self.identity) and len(images) >= self.num_images:
                 return images[: self.num_images]
         parts = self.path.with_name(f"{self.path.name}.partial")
-        images = self.trained.draw(parts)
+        images = self.trained.draw(parts, self.num_images)
         write_samples(images, self.identity, self.path)
         shutil.rmtree(parts)
         save_grid(images[:64], self.path.with_name("samples.png"), about=self.identity)

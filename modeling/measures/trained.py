@@ -64,8 +64,8 @@ class TrainedModel:
         values = {key: value for key, value in asdict(self.sampler).items() if value is not None}
         return self.identity | {"sampler": values.pop("name"), **values, "seed": self.options.seed}
 
-    def draw(self, folder: Path) -> Tensor:
-        """The images that the options ask for, through parts in `folder` (see `draw_in_parts`), with a progress bar.
+    def draw(self, folder: Path, num_images: int) -> Tensor:
+        """Images 0 to num_images - 1, as the options say, through parts in `folder` (`draw_in_parts`), with a bar.
 
         Returns:
             (N, 3, H, W) uint8.
@@ -74,8 +74,8 @@ class TrainedModel:
             FloatingPointError: for a sample that is not finite.
             UserError: as `draw_in_parts`.
         """
-        count, num_steps = self.options.num_images, self.num_steps
-        with progress_bar(total=count * num_steps, unit="image", unit_scale=1 / num_steps, desc="sampling") as bar:
+        num_steps = self.num_steps
+        with progress_bar(total=num_images * num_steps, unit="image", unit_scale=1 / num_steps, desc="sampling") as bar:
 
             def draw(start: int, count: int) -> Tensor:
                 images = sample_images(
@@ -86,7 +86,7 @@ class TrainedModel:
                 return to_uint8(images)
 
             return draw_in_parts(
-                folder, self.samples_identity, count, self.batch_size, draw, replace=self.options.overwrite
+                folder, self.samples_identity, num_images, self.batch_size, draw, replace=self.options.overwrite
             )
 
 

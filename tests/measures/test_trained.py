@@ -16,23 +16,23 @@ pytestmark = pytest.mark.numeric
 def draw(compose_config):
     """Draws with a function as eps model."""
 
-    def draw_with(folder, *overrides: str, eps=lambda x, t: torch.tanh(0.7 * x) * t[:, None, None, None]):
+    def draw_with(folder, num_images, *overrides: str, eps=lambda x, t: torch.tanh(0.7 * x) * t[:, None, None, None]):
         machine = ["checkpoint=none", "device=cpu", "precision=fp32", "num_steps=5", "seed=1"]
         options = parse(compose_config(*machine, *overrides, name="sample"), SampleConfig)
-        return TrainedModel(options, DiffusionModel(Lambda(eps), (0.01, 0.3), 12), {}).draw(folder)
+        return TrainedModel(options, DiffusionModel(Lambda(eps), (0.01, 0.3), 12), {}).draw(folder, num_images)
 
     return draw_with
 
 
 def test_images_do_not_depend_on_the_parts_they_are_drawn_in(draw, tmp_path):
-    whole = draw(tmp_path / "a", "num_images=7", "batch_size=7")
-    assert torch.equal(draw(tmp_path / "b", "num_images=7", "batch_size=3"), whole)
-    assert torch.equal(draw(tmp_path / "c", "num_images=4", "batch_size=3"), whole[:4])
+    whole = draw(tmp_path / "a", 7, "batch_size=7")
+    assert torch.equal(draw(tmp_path / "b", 7, "batch_size=3"), whole)
+    assert torch.equal(draw(tmp_path / "c", 4, "batch_size=3"), whole[:4])
     assert whole.dtype == torch.uint8
     assert len(whole.unique(dim=0)) == 7
 
 
 def test_samples_that_are_not_finite_are_an_error_and_leave_no_part(draw, tmp_path):
     with pytest.raises(FloatingPointError, match="a sample is not finite in fp32"):
-        draw(tmp_path, "num_images=2", eps=lambda x, t: x * float("nan"))
+        draw(tmp_path, 2, eps=lambda x, t: x * float("nan"))
     assert not list(tmp_path.glob("*.npy"))
