@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WITHOUT_GIT := $(if $(wildcard .git),,.dvc/config.local)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train report experiments restore record encoder configuration test test-isa test-faults test-long mutants bench check check-lock clean
+.PHONY: help demo train report experiments plots restore record encoder configuration test test-isa test-faults test-long mutants bench check check-lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ report: .venv/installed ## all runs under runs/ beside each other: report.html, 
 experiments: .venv/installed ## recorded experiments beside each other: losses, seconds and the values that differ
 	@$(BIN)/dvc exp show --no-pager --only-changed --drop \
 	    'Created|Executor|eval/(train|heldout_raw)|images|memory|parameters|steps|skipped'
+
+plots: .venv/installed ## the recorded run's plots beside the workspace's: a page that needs no network
+	$(BIN)/python -m modeling.comparison.dvc_page .dvc/tmp/plots.html
+	$(BIN)/dvc plots diff --html-template .dvc/tmp/plots.html
 
 restore: .venv/installed ## after an experiment: params.yaml and outputs/ as committed; changes go to `git stash`
 	git stash push --message "before make restore" -- params.yaml dvc.lock outputs

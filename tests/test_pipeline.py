@@ -1,5 +1,6 @@
 """The DVC pipeline: a stage runs exactly when something changed that can change its result."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -54,6 +55,13 @@ def test_every_value_is_a_parameter_of_a_stage_or_known_to_have_no_effect():
     for section in ("model", "diffusion", "optimizer", "train"):
         assert section in STAGES["train"]["params"]
     assert not set(Config.model_fields) - {key.split(".")[0] for key in PARAMS}
+
+
+def test_the_plots_have_numbers_on_their_axis():
+    for plot in STAGES["train"]["plots"]:
+        (path, axes), *_ = plot.items()
+        with (ROOT / path).open() as file:
+            assert all(float(row[axes["x"]]) >= 0 for row in csv.DictReader(file))
 
 
 # ---- what it does: a copy of the repository, with a run of two seconds

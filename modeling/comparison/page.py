@@ -28,7 +28,7 @@ _CAPTIONS = {
 
 
 @functools.cache
-def _libraries() -> str:
+def libraries() -> str:
     """Vega, Vega-Lite and vega-embed, 0.9 MB; it takes a second."""
     return vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]  # stubs lack the default
 
@@ -164,7 +164,7 @@ def render_page(runs: list[PageRun]) -> str:
     keys = sorted({key for run in runs for key in run.values})
     changed = differing_keys([run.values for run in runs])
     charts = _charts(labels, datasets)
-    scripts = [_libraries(), (_HERE / "page.js").read_text()]
+    scripts = [libraries(), (_HERE / "page.js").read_text()]
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined,
