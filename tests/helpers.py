@@ -101,7 +101,7 @@ def gaussian_oracle(data_std: float, betas=BETAS, num_timesteps=T) -> DiffusionM
     abar = torch.from_numpy(numpy_tables(betas, num_timesteps)[2])
 
     def best_eps(x, t):
-        a = abar[(t * num_timesteps).round().long()].reshape(-1, *[1] * (x.ndim - 1))
+        a = abar.to(t.device)[(t * num_timesteps).round().long()].reshape(-1, *[1] * (x.ndim - 1))
         return (1 - a).sqrt() * x / (a * data_std**2 + 1 - a)
 
     return DiffusionModel(Lambda(best_eps), betas, num_timesteps)

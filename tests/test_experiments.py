@@ -28,6 +28,15 @@ LEFTOVERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def leftovers(compose_config):
+    """What params.yaml may hold."""
+    every_key = compose_config()
+    for section in (*DEFINED, "runtime", "wandb"):
+        every_key[section] = {key: changed(value) for key, value in every_key[section].items()}
+    return {name: compose_config(*overrides) for name, overrides in LEFTOVERS.items()} | {"every key": every_key}
+
+
 @pytest.fixture
 def compose_over(compose_config):
     """Composes over other values in params.yaml."""
@@ -39,13 +48,9 @@ def compose_over(compose_config):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_means_the_same_whatever_is_left_in_params_yaml(compose_config, compose_over, experiment):
+def test_an_experiment_means_the_same_whatever_params_yaml_holds(compose_config, compose_over, leftovers, experiment):
     expected = compose_config(f"experiment={experiment}")
-    leftovers = {name: compose_config(*overrides) for name, overrides in LEFTOVERS.items()}
-    every_key = compose_config()
-    for section in (*DEFINED, "runtime", "wandb"):
-        every_key[section] = {key: changed(value) for key, value in every_key[section].items()}
-    for name, left in (leftovers | {"every key": every_key}).items():
+    for name, left in leftovers.items():
         found = compose_over(left, f"experiment={experiment}")
         for key in LEFT_TO_THE_USER:
             assert OmegaConf.select(found, key) == OmegaConf.select(left, key), name

@@ -25,7 +25,6 @@ from modeling.runtime import (
     warn_if_busy,
 )
 from modeling.system.errors import UserError
-from modeling.system.progress import progress_bar
 from tests.helpers import ROOT
 
 
@@ -185,19 +184,6 @@ def test_peak_memory_counts_bytes():
     assert peak_memory_bytes() >= before
     assert peak_memory_bytes() > 400e6
     del block
-
-
-def test_a_bar_is_drawn_in_place_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(progress_bar(range(3), desc="work")) == [0, 1, 2]
-    assert "\r" in capsys.readouterr().err
-
-
-def test_a_bar_is_written_as_lines_elsewhere(capsys):
-    list(progress_bar(range(3), desc="work"))
-    written = capsys.readouterr().err
-    assert "\r" not in written
-    assert written.splitlines()[-1].startswith("work: 100%")
 
 
 def test_deterministic_mode_sets_what_cuda_needs():

@@ -44,6 +44,7 @@ def test_the_deterministic_mode_repeats_a_run_on_cuda_to_the_bit(tiny_data, tmp_
     assert equal(result(tmp_path / "a"), result(tmp_path / "b"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_same_command_finds_its_run_after_a_comment_is_edited(copied_main, tiny_data, tmp_path):
     """In a copy of the code; an edit that can change the result gives another run, beside the first."""
