@@ -19,9 +19,9 @@ from modeling.diffusion import DiffusionModel
 from modeling.runtime import (
     keep_freed_memory,
     limit_threads,
+    prepare_cuda,
     resolve_device,
     resolve_precision,
-    use_deterministic_algorithms,
     warn_if_busy,
 )
 from modeling.schedules import cosine_betas, linear_betas
@@ -118,14 +118,12 @@ def build_batches(config: Config, images: Tensor, device: torch.device) -> Batch
 def build_runtime(section: Machine) -> tuple[torch.device, str]:
     """Sets up the process for the configured machine; returns device and precision, with `auto` resolved."""
     device = resolve_device(section.device)
-    if device.type == "cuda" and section.deterministic:
-        use_deterministic_algorithms()
-    elif device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # batches have one shape, or two when they come in parts
+    limit_threads(section.num_threads)
+    if device.type == "cuda":
+        prepare_cuda(section.deterministic)
     else:
         if section.precision == "fp16":
             print("warning: precision=fp16 on a CPU is emulated, 20 to 80 times slower than fp32", file=sys.stderr)
-        limit_threads(section.num_threads)
         warn_if_busy()
         if section.keep_freed_memory:
             keep_freed_memory()

@@ -54,8 +54,8 @@ class Batches(Dataset):
             self._epoch = epoch
         batch = self.images[self._order[position * self.batch_size : (position + 1) * self.batch_size]]
         if self.random_flip:
-            indices = torch.arange(len(batch), device=batch.device)
-            is_flipped = draw_integers(self.seed, Purpose.FLIP, step, indices, 2).bool()
+            is_flipped = draw_integers(self.seed, Purpose.FLIP, step, torch.arange(len(batch)), 2).bool()
+            is_flipped = is_flipped.to(batch.device, non_blocking=True)
             batch = torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
         return batch
 

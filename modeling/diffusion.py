@@ -82,7 +82,7 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"betas must have shape ({num_timesteps},), got {tuple(betas.shape)}")
         self.eps_model = eps_model
         self.num_timesteps = num_timesteps
-        self.prediction = prediction
+        self.prediction, self.weighting = prediction, weighting
         # In float64 and on the CPU, whatever the module's device and dtype: the samplers read their coefficients here.
         self.schedules_float64 = schedule_tables(betas)
         for name, table in self.schedules_float64.items():
@@ -101,8 +101,9 @@ class DiffusionModel(nn.Module):
         if timesteps.shape != (batch_size,) or timesteps.is_floating_point():
             found = f"{timesteps.dtype} of shape {tuple(timesteps.shape)}"
             raise ValueError(f"timesteps must be integers of shape ({batch_size},), got {found}")
-        in_range = (timesteps >= 1) & (timesteps <= self.num_timesteps)
-        if timesteps.device.type == "cpu" and not torch.compiler.is_compiling() and not in_range.all():
+        if timesteps.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # on CUDA a synchronisation
+        if not ((timesteps >= 1) & (timesteps <= self.num_timesteps)).all():
             raise ValueError(f"timesteps must be in 1..{self.num_timesteps}, got {timesteps.tolist()}")
 
     def _signal_and_sigma(self, timesteps: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
@@ -153,7 +154,7 @@ class DiffusionModel(nn.Module):
         else:  # v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
             target = self.q_sample(noise, timesteps, -x_0)
         errors = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
-        return self.loss_weights[timesteps] * errors
+        return errors if self.weighting == "uniform" else self.loss_weights[timesteps] * errors
 
     def eps_losses(self, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The squared error of eps (eq. 14) for each image, whatever the network predicts: (B,), float32."""

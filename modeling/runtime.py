@@ -134,14 +134,18 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(m_mmap_max, 0)) and bool(libc.mallopt(m_trim_threshold, -1))
 
 
-def use_deterministic_algorithms() -> None:
-    """Makes CUDA compute the same bits every time, as a CPU always does.
+def prepare_cuda(deterministic: bool) -> None:
+    """Makes CUDA compute float32 in float32, and where it is asked for the same bits every time, as a CPU always does.
 
     Call it before the first CUDA kernel: cuBLAS reads the size of its workspace once.
     """
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions would round their inputs to 10 bits
+    torch.backends.cudnn.benchmark = not deterministic  # batches have one shape, or two when they come in parts
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        # Else all fresh memory would be filled with NaN, by more than one kernel for each that computes.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def peak_memory_bytes() -> int:

@@ -5,6 +5,7 @@ has a state to save. A run resumes from its step number alone, and neither the n
 split changes a single draw. The integers are the same on every device; normals agree to rounding.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -61,6 +62,12 @@ def derive_seed(seed: int, purpose: Purpose, step: int = 0, index: int = 0) -> i
     return state
 
 
+@functools.lru_cache(maxsize=8)
+def _columns(num_words: int, device: torch.device) -> Tensor:
+    """What tells the words of a row apart, (num_words,): the same in every draw."""
+    return _mix(torch.arange(1, num_words + 1, device=device) * _signed(_GOLDEN))
+
+
 def draw_bits(seed: int, purpose: Purpose, step: int, indices: Tensor, num_words: int) -> Tensor:
     """Draws random 64-bit words, one row for each index.
 
@@ -72,13 +79,15 @@ def draw_bits(seed: int, purpose: Purpose, step: int, indices: Tensor, num_words
         (B, num_words) int64, uniform over all 64 bits.
     """
     key = _signed(derive_seed(seed, purpose, step))
-    columns = _mix(torch.arange(1, num_words + 1, device=indices.device) * _signed(_GOLDEN))
     rows = _mix(key + (indices + 1) * _signed(_GOLDEN))
-    return _mix(rows[:, None] ^ columns)
+    return _mix(rows[:, None] ^ _columns(num_words, indices.device))
 
 
 def draw_integers(seed: int, purpose: Purpose, step: int, indices: Tensor, high: int) -> Tensor:
-    """(B,) int64, uniform in 0..high-1 (high at most 2^31; the bias is below high / 2^32)."""
+    """(B,) int64, uniform in 0..high-1 (high at most 2^31; the bias is below high / 2^32).
+
+    For few numbers, indices on the CPU are best whatever needs them: a GPU would wait for 40 kernels to be launched.
+    """
     word = _shift(draw_bits(seed, purpose, step, indices, 1)[:, 0], 32)
     return (word * high) >> 32
 

@@ -27,7 +27,7 @@ def backward(
     noise: Tensor | None = None,
     precision: str = "fp32",
     micro_batch_size: int | None = None,
-    loss_scale: Tensor | float = 1.0,
+    loss_scale: Tensor | None = None,
 ) -> Tensor:
     """Adds the gradient of the batch's loss (Algorithm 1, line 5) to the parameters' `.grad`.
 
@@ -39,17 +39,19 @@ def backward(
         precision: "fp32", or "bf16" or "fp16" for the network's matrix products; loss and weights stay float32.
         micro_batch_size: at most this many images go through the network at once, which needs less memory; None for
             all. The gradient is the same up to rounding (with dropout, up to other masks).
-        loss_scale: the gradient is that of the loss times this; see `modeling.run.loss_scale`.
+        loss_scale: the gradient is that of the loss times this scalar, if one is given; see `modeling.run.loss_scale`.
     """
     num_parts = 1 if micro_batch_size is None else -(-len(inputs) // micro_batch_size)
     parts = [repeat(None) if rows is None else rows.tensor_split(num_parts) for rows in (inputs, timesteps, noise)]
-    loss = torch.zeros((), device=inputs.device)
+    losses = []
     for x_0, part_timesteps, part_noise in zip(*parts, strict=False):
         with autocast(inputs.device, precision):
-            part_loss = model(x_0, timesteps=part_timesteps, noise=part_noise) * (len(x_0) / len(inputs))
-        (part_loss * loss_scale).backward()
-        loss = loss + part_loss.detach()
-    return loss
+            loss = model(x_0, timesteps=part_timesteps, noise=part_noise)
+        if num_parts > 1:
+            loss = loss * (len(x_0) / len(inputs))
+        (loss if loss_scale is None else loss * loss_scale).backward()
+        losses.append(loss.detach())
+    return sum(losses[1:], losses[0])
 
 
 def train_step(model: DiffusionModel, inputs: Tensor, optimizer: Optimizer, device: torch.device | str) -> Tensor:

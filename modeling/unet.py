@@ -67,7 +67,8 @@ class TimeEmbedding(nn.Module):
         self.projection = nn.Linear(num_features, num_features)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.projection(torch.sin(self.frequencies(t[:, None])))  # (B, n)
+        # frequencies(t), but float32 under autocast, too: bf16 would tell only half of 1,000 timesteps apart.
+        return self.projection(torch.sin(t[:, None] * self.frequencies.weight[:, 0]))  # (B, n)
 
 
 class UnetModel(nn.Module):

@@ -186,14 +186,18 @@ def test_peak_memory_counts_bytes():
     del block
 
 
-def test_deterministic_mode_sets_what_cuda_needs():
+def test_float32_is_no_tf32_and_the_deterministic_mode_sets_what_cuda_needs():
     """In a process of its own: the switch holds for the whole process."""
     code = (
-        "import os, torch; from modeling.runtime import use_deterministic_algorithms as use; use(); "
-        "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+        "import os, torch; from modeling.runtime import prepare_cuda\n"
+        "for deterministic in False, True:\n"
+        "    prepare_cuda(deterministic)\n"
+        "    print(torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)\n"
+        "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG'])\n"
+        "print(torch.utils.deterministic.fill_uninitialized_memory)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "True :4096:8\n"
+    assert done.stdout.splitlines() == ["False True", "False False", "True :4096:8", "False"]
 
 
 def test_on_the_cpu_the_deterministic_mode_changes_nothing(compose_config):

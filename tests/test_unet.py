@@ -44,6 +44,17 @@ def test_hidden_size_defaults_to_256():
     assert UnetModel(3, 3).out.in_channels == 512
 
 
+def test_the_assignments_unet_tells_all_timesteps_apart_in_bf16():
+    torch.manual_seed(0)
+    embedding, t = UnetModel(3, 3, 32).time_embedding, torch.arange(1, 1001) / 1000
+    plain = embedding(t)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = embedding(t)
+    torch.testing.assert_close(found.float(), plain, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(embedding.frequencies(t[:, None]), t[:, None] * embedding.frequencies.weight[:, 0])
+    assert len({tuple(row) for row in found.tolist()}) > 990
+
+
 @pytest.mark.parametrize("model", small_models(), ids=["unet", "ddpm"])
 @pytest.mark.parametrize("time_shape", [(2,), (2, 1)])
 @pytest.mark.parametrize("size", [(32, 32), (64, 32)])

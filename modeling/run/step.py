@@ -42,17 +42,19 @@ class Step:
 
     def backward(self, images: Tensor) -> Tensor:
         """The gradient of this step's loss on images (B, C, H, W) uint8; returns the loss, a scalar on the device."""
-        step, index = self.state.step, torch.arange(len(images), device=self.device)  # position in the global batch
+        step, index = self.state.step, torch.arange(len(images))  # position in the global batch
+        timesteps = draw_integers(self.seed, Purpose.TIMESTEP, step, index, self.model.num_timesteps) + 1
+        index, timesteps = (rows.to(self.device, non_blocking=True) for rows in (index, timesteps))
         torch.manual_seed(derive_seed(self.seed, Purpose.DROPOUT, step))
         self.optimizer.zero_grad()
         return backward(
             self.model,
             to_model_range(images.to(self.device, non_blocking=True)),
-            timesteps=draw_integers(self.seed, Purpose.TIMESTEP, step, index, self.model.num_timesteps) + 1,
+            timesteps=timesteps,
             noise=draw_normal(self.seed, Purpose.NOISE, step, index, images.shape[1:]),
             precision=self.precision,
             micro_batch_size=self.micro_batch_size,
-            loss_scale=1.0 if self.loss_scale is None else self.loss_scale.scale,
+            loss_scale=None if self.loss_scale is None else self.loss_scale.scale,
         )
 
     def update(self, loss: Tensor) -> Tensor:

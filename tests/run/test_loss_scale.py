@@ -67,12 +67,12 @@ def test_the_loss_scale_keeps_small_gradients():
     found = {}
     for scale in (1.0, 2.0**16):
         network = ConvModel()
-        model = DiffusionModel(network, (1e-4, 0.02), 20)
+        model = DiffusionModel(network, (1e-4, 0.02), 20, weighting="min_snr_5")
         model.loss_weights *= 1e-6
         with torch.no_grad():
             network.conv.weight *= 0.01
         timesteps, noise = torch.full((4,), 20), torch.ones(4, 3, 8, 8)
-        backward(model, 0 * noise, timesteps=timesteps, noise=noise, precision="fp16", loss_scale=scale)
+        backward(model, 0 * noise, timesteps=timesteps, noise=noise, precision="fp16", loss_scale=torch.tensor(scale))
         assert network.conv.weight.grad is not None
         found[scale] = network.conv.weight.grad.abs().max().item() / scale
     assert found[1.0] == 0
