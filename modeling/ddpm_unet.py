@@ -222,7 +222,8 @@ class DdpmUnet(nn.Module):
             ValueError: for a wrong shape or range, with the one it got.
         """
         x, t = check_model_input(x, t, self.in_channels, self.multiple)
-        x, t = x.to(self.conv_in.weight.device), t.to(self.conv_in.weight)
+        x = x.to(self.conv_in.weight.device)
+        t = t.to(x)  # not to the weights' dtype, which may be a half of it
         time = self.time_mlp(embed_time(t, self.hidden_size))  # (B, 4 hidden_size)
         h = self.conv_in(x)
         skips = [h]

@@ -50,7 +50,7 @@ class GroupNorm(nn.GroupNorm):
         )
         if is_slow:
             return _ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        if x.device.type == "cuda" and x.dtype != self.weight.dtype:
+        if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
             # Autocast would compute in float32 and pass that on to layers that only move memory. The kernel's
             # statistics are in float32 in any case.
             with torch.autocast("cuda", enabled=False):
@@ -92,6 +92,41 @@ class ReLU(nn.ReLU):
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
             return _IntegerReLU.apply(x)
         return super().forward(x)
+
+
+class _HalfCopies(torch.autograd.Function):
+    """Copies of float32 tensors in half precision, and their gradients in float32: each by a few kernels for all."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(copies, list(tensors))
+        return tuple(copies)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple:
+        copies = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+        torch._foreach_copy_(copies, list(grads))
+        return None, *copies
+
+
+def half_copies(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of the parameters that autocast would copy one by one where they are used, for `functional_call`.
+
+    Each copy and each gradient's way back is a kernel, a third of all in a training step, which on a GPU wait for the
+    CPU to launch them (docs/speed.md).
+
+    Returns:
+        Name -> copy. Layers of other types compute in float32.
+    """
+    found = {
+        f"{prefix}.{name}": parameter
+        for prefix, layer in module.named_modules()
+        if type(layer) in (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, GroupNorm)
+        for name, parameter in layer.named_parameters(recurse=False)
+    }
+    return dict(zip(found, _HalfCopies.apply(dtype, *found.values()), strict=True))
 
 
 def check_model_input(x: Tensor, t: Tensor, channels: int, multiple: int) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from modeling.diffusion import DiffusionModel, evaluating
 from modeling.images import save_grid
-from modeling.runtime import autocast
+from modeling.layers import half_copies
+from modeling.runtime import DTYPES, autocast
 from modeling.system.progress import progress_bar
 
 
@@ -46,12 +48,20 @@ def backward(
     losses = []
     for x_0, part_timesteps, part_noise in zip(*parts, strict=False):
         with autocast(inputs.device, precision):
-            loss = model(x_0, timesteps=part_timesteps, noise=part_noise)
+            loss = _call(model, x_0, precision, timesteps=part_timesteps, noise=part_noise)
         if num_parts > 1:
             loss = loss * (len(x_0) / len(inputs))
         (loss if loss_scale is None else loss * loss_scale).backward()
         losses.append(loss.detach())
     return sum(losses[1:], losses[0])
+
+
+def _call(model: DiffusionModel, x_0: Tensor, precision: str, **options: Tensor | None) -> Tensor:
+    """The model's loss; on CUDA all weights are cast to half precision at once, unless the compiler fuses the casts."""
+    dtype, is_compiled = DTYPES[precision], model.eps_model._compiled_call_impl is not None
+    if x_0.device.type != "cuda" or dtype is None or is_compiled:
+        return model(x_0, **options)
+    return functional_call(model, half_copies(model, dtype), (x_0,), options)
 
 
 def train_step(model: DiffusionModel, inputs: Tensor, optimizer: Optimizer, device: torch.device | str) -> Tensor:

@@ -58,17 +58,26 @@ class UpBlock(nn.Module):
         return self.layers(torch.cat([x, skip], dim=1))
 
 
+class Frequencies(nn.Linear):
+    """Linear(1, n, no bias), in float32 under autocast, too: bf16 would tell only half of 1,000 timesteps apart."""
+
+    def __init__(self, num_features: int):
+        super().__init__(1, num_features, bias=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return t * self.weight[:, 0]  # (B, 1) -> (B, n)
+
+
 class TimeEmbedding(nn.Module):
     """Linear(1, n, no bias), sin, Linear(n, n)."""
 
     def __init__(self, num_features: int):
         super().__init__()
-        self.frequencies = nn.Linear(1, num_features, bias=False)
+        self.frequencies = Frequencies(num_features)
         self.projection = nn.Linear(num_features, num_features)
 
     def forward(self, t: Tensor) -> Tensor:
-        # frequencies(t), but float32 under autocast, too: bf16 would tell only half of 1,000 timesteps apart.
-        return self.projection(torch.sin(t[:, None] * self.frequencies.weight[:, 0]))  # (B, n)
+        return self.projection(torch.sin(self.frequencies(t[:, None])))  # (B, n)
 
 
 class UnetModel(nn.Module):
@@ -116,7 +125,8 @@ class UnetModel(nn.Module):
             ValueError: for a wrong shape or range, with the one it got.
         """
         x, t = check_model_input(x, t, self.in_channels, multiple=32)
-        x, t = x.to(self.out.weight.device), t.to(self.out.weight)
+        x = x.to(self.out.weight.device)
+        t = t.to(x)  # not to the weights' dtype, which may be a half of it
         initial = self.initial(x)  # (B, h, H, W)
         down1 = self.down1(initial)  # (B, h, H/2, W/2)
         down2 = self.down2(down1)  # (B, 2h, H/4, W/4)

@@ -85,3 +85,17 @@ def test_a_compiled_run_trains_the_same_function(tiny):
         with open(f"compiled-{is_compiled}/metrics.jsonl") as file:
             losses.append(json.loads(file.readline())["train/loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_compiled_run_compiles_its_step_and_nothing_else(tiny, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    import main
+
+    counter = CompileCounter()
+    compile_with = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_with(module, backend=counter))
+    main.main(tiny("runtime.compile=true", "train.max_steps=3"))
+    assert counter.frame_count == 1

@@ -1,11 +1,14 @@
-"""Our GroupNorm and ReLU are the functions of PyTorch's own."""
+"""Our GroupNorm and ReLU are the functions of PyTorch's own, and weights cast at once those of autocast."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
-from modeling.layers import GroupNorm, ReLU, _ChannelsLastGroupNorm, _IntegerReLU
+from modeling.ddpm_unet import DdpmUnet
+from modeling.layers import GroupNorm, ReLU, _ChannelsLastGroupNorm, _IntegerReLU, half_copies
+from modeling.unet import UnetModel
 
 pytestmark = pytest.mark.numeric
 
@@ -125,3 +128,25 @@ def test_relu_works_in_place_and_only_bfloat16_goes_through_integers(dtype, is_o
     assert ReLU()(x).data_ptr() == x.data_ptr()
     assert bool(calls) == is_ours
     assert x.min() == 0
+
+
+def test_weights_cast_at_once_give_the_loss_and_the_gradient_of_autocast_to_the_bit():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.ConvTranspose2d(8, 4, 2), nn.Flatten(), nn.Linear(900, 5))
+    network.to(memory_format=torch.channels_last)
+    x, results = torch.randn(2, 3, 16, 16), []
+    for is_at_once in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            weights = half_copies(network, torch.bfloat16) if is_at_once else {}
+            loss = functional_call(network, weights, (x,)).float().square().mean()
+        loss.backward()
+        assert all(parameter.grad.dtype == torch.float32 for parameter in network.parameters())
+        results.append([loss, *(parameter.grad for parameter in network.parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("model", [UnetModel(3, 3, 8), DdpmUnet(3, 3, 8)], ids=["unet", "ddpm"])
+def test_all_weights_are_cast_at_once_but_the_frequencies_of_the_time(model):
+    names = half_copies(model, torch.bfloat16)
+    assert {name for name, _ in model.named_parameters()} - set(names) <= {"time_embedding.frequencies.weight"}
