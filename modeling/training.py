@@ -58,7 +58,7 @@ def backward(
 
 def _call(model: DiffusionModel, x_0: Tensor, precision: str, **options: Tensor | None) -> Tensor:
     """The model's loss; on CUDA all weights are cast to half precision at once, unless the compiler fuses the casts."""
-    dtype, is_compiled = DTYPES[precision], model.eps_model._compiled_call_impl is not None
+    dtype, is_compiled = DTYPES[precision], model._compiled_call_impl is not None
     if x_0.device.type != "cuda" or dtype is None or is_compiled:
         return model(x_0, **options)
     return functional_call(model, half_copies(model, dtype), (x_0,), options)

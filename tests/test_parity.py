@@ -51,7 +51,7 @@ def train(images, network, seed, precision="fp32", is_placed=False, is_compiled=
     if is_placed:
         model = place(model, torch.device("cpu"))
     if is_compiled:
-        model.eps_model.compile()
+        model.compile()
     record = run(
         model,
         NUM_STEPS,

@@ -1,6 +1,5 @@
 """The objects of a run, and what is done with them outside training steps: loading, saving, sampling, measuring."""
 
-import contextlib
 import json
 import math
 import platform
@@ -67,7 +66,7 @@ class Run:
         self.ema_model = build.build_diffusion(config.diffusion, self.ema.module).to(self.device)
         self.optimizer = build.build_optimizer(config.optimizer, self.model)
         if config.runtime.compile:
-            self.model.eps_model.compile()
+            self.model.compile()  # its loss, which only training computes: grids and measures need no graph
         self.state = TrainState()
 
     @property
@@ -167,32 +166,27 @@ class Run:
             optimizer=self.optimizer,
         )
 
-    def _without_compiler(self) -> contextlib.AbstractContextManager:
-        """In it a compiled network runs as it is written: a few images are not worth minutes for a second graph."""
-        return torch.compiler.set_stance("force_eager") if self.config.runtime.compile else contextlib.nullcontext()
-
     def sample(self, tracker: Tracker) -> None:
         """Grids from raw and averaged weights, with the same noise every time."""
         _, channels, height, width = self.images["train"].shape
         sampler = Sampler(num_steps=min(self.config.train.sample_steps, self.model.num_timesteps))
         about = {"sampler": sampler.name, "num_steps": sampler.num_steps, "seed": self.config.seed}
         for kind, model in (("raw", self.model), ("ema", self.ema_model)):
-            with self._without_compiler():
-                grid = generate_samples(
-                    model,
-                    self.device,
-                    self.folder.path / "samples" / kind / f"{self.state.step}.png",
-                    num_samples=self.config.train.num_samples,
-                    size=(channels, height, width),
-                    sampler=partial(
-                        sample_images,
-                        sampler=sampler,
-                        seed=self.config.seed,
-                        precision=self.precision,
-                        bar=partial(progress_bar, desc=f"sampling ({kind})", leave=False),
-                    ),
-                    about={"step": self.state.step, "weights": kind, **about},
-                )
+            grid = generate_samples(
+                model,
+                self.device,
+                self.folder.path / "samples" / kind / f"{self.state.step}.png",
+                num_samples=self.config.train.num_samples,
+                size=(channels, height, width),
+                sampler=partial(
+                    sample_images,
+                    sampler=sampler,
+                    seed=self.config.seed,
+                    precision=self.precision,
+                    bar=partial(progress_bar, desc=f"sampling ({kind})", leave=False),
+                ),
+                about={"step": self.state.step, "weights": kind, **about},
+            )
             tracker.image(self.state.step, f"samples/{kind}", grid)
 
     def measure(self, tracker: Tracker) -> None:
@@ -202,10 +196,9 @@ class Run:
             images = self.images[split][: self.config.train.num_eval_images]
             for kind, model in (("raw", self.model), ("ema", self.ema_model)):
                 name = f"eval/{label}_{kind}"
-                with self._without_compiler():
-                    losses[name], bins[name] = denoising_loss(
-                        model, images, self.device, precision=self.precision, desc=f"loss ({label}, {kind})"
-                    )
+                losses[name], bins[name] = denoising_loss(
+                    model, images, self.device, precision=self.precision, desc=f"loss ({label}, {kind})"
+                )
         tracker.log(self.state.step, losses)
         write_csv(
             self.folder.path / "loss.csv",
