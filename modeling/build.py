@@ -108,11 +108,11 @@ def build_learning_rate(section: Optimizer, last_step: int) -> Callable[[int], f
     return learning_rate
 
 
-def build_batches(config: Config, images: Tensor, device: torch.device) -> Batches:
-    """Builds the run's batches of images (N, 3, H, W) uint8; on a GPU, unless worker processes make them."""
+def build_batches(config: Config, images: Tensor, device: torch.device, rows: range | None = None) -> Batches:
+    """Builds these rows of the run's batches of images (N, 3, H, W) uint8; on a GPU, unless workers make them."""
     if device.type == "cuda" and config.runtime.num_workers == 0:
         images = images.to(device)  # 154 MB for CIFAR-10
-    return Batches(images, config.train.batch_size, config.seed, config.train.random_flip)
+    return Batches(images, config.train.batch_size, config.seed, config.train.random_flip, rows)
 
 
 def build_runtime(section: Machine) -> tuple[torch.device, str]:

@@ -31,30 +31,40 @@ class Batches(Dataset):
         batch_size: images a batch, at most N.
         seed: the run's seed.
         random_flip: mirrors half of the images of a batch, left to right.
+        rows: of the batch, those that an item has; None for all. They are then the same images with the same flips.
 
     Raises:
         UserError: for a batch_size outside 1..N.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int, random_flip: bool = False):
+    def __init__(
+        self, images: Tensor, batch_size: int, seed: int, random_flip: bool = False, rows: range | None = None
+    ):
         if not 1 <= batch_size <= len(images):
             raise UserError(f"train.batch_size must be in 1..{len(images)} (the training images), got {batch_size}")
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
         self.random_flip = random_flip
+        self.rows = rows or range(batch_size)
         self.steps_per_epoch = len(images) // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
     def __getitem__(self, step: int) -> Tensor:
-        """(batch_size, C, H, W) uint8."""
+        """(len(rows), C, H, W) uint8."""
+        return self.take(step, self.rows)
+
+    def take(self, step: int, rows: range) -> Tensor:
+        """These rows of the batch of a step, (len(rows), C, H, W) uint8."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = draw_permutation(self.seed, epoch, len(self.images)).to(self.images.device)
             self._epoch = epoch
-        batch = self.images[self._order[position * self.batch_size : (position + 1) * self.batch_size]]
+        start = position * self.batch_size
+        batch = self.images[self._order[start + rows.start : start + rows.stop]]
         if self.random_flip:
-            is_flipped = draw_integers(self.seed, Purpose.FLIP, step, torch.arange(len(batch)), 2).bool()
+            indices = torch.arange(rows.start, rows.stop)
+            is_flipped = draw_integers(self.seed, Purpose.FLIP, step, indices, 2).bool()
             is_flipped = is_flipped.to(batch.device, non_blocking=True)
             batch = torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
         return batch

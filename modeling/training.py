@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
@@ -30,6 +30,8 @@ def backward(
     precision: str = "fp32",
     micro_batch_size: int | None = None,
     loss_scale: Tensor | None = None,
+    batch_size: int | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Tensor:
     """Adds the gradient of the batch's loss (Algorithm 1, line 5) to the parameters' `.grad`.
 
@@ -42,15 +44,41 @@ def backward(
         micro_batch_size: at most this many images go through the network at once, which needs less memory; None for
             all. The gradient is the same up to rounding (with dropout, up to other masks).
         loss_scale: the gradient is that of the loss times this scalar, if one is given; see `modeling.run.loss_scale`.
+        batch_size: images in the whole batch, where the inputs are some of its rows; their share of its loss is meant.
+        seeds: instead of micro_batch_size: the batch is cut into as many parts, and each part's dropout is seeded.
     """
     num_parts = 1 if micro_batch_size is None else -(-len(inputs) // micro_batch_size)
-    parts = [repeat(None) if rows is None else rows.tensor_split(num_parts) for rows in (inputs, timesteps, noise)]
+    if seeds is not None:
+        num_parts = len(seeds)
+    rows = [repeat(None) if rows is None else rows.tensor_split(num_parts) for rows in (inputs, timesteps, noise)]
+    parts = list(zip(*rows, seeds or repeat(None), strict=False))
+    return _add_gradients(model, parts, batch_size or len(inputs), precision, loss_scale)
+
+
+def _add_gradients(
+    model: DiffusionModel, parts: list, batch_size: int, precision: str, loss_scale: Tensor | None
+) -> Tensor:
+    """Adds the gradients of a batch's parts, and returns their loss, as a binary tree over the parts' places.
+
+    A process that has half of the parts then computes the same bits as one that has all of them. Two parts need no
+    second copy of the gradient; each doubling after them needs one more.
+    """
+    if len(parts) > 2:
+        half = first_half(len(parts))
+        loss = _add_gradients(model, parts[:half], batch_size, precision, loss_scale)
+        gradients = gradients_of(model)
+        model.zero_grad()
+        loss = loss + _add_gradients(model, parts[half:], batch_size, precision, loss_scale)
+        torch._foreach_add_(gradients_of(model), gradients)
+        return loss
     losses = []
-    for x_0, part_timesteps, part_noise in zip(*parts, strict=False):
-        with autocast(inputs.device, precision):
-            loss = _call(model, x_0, precision, timesteps=part_timesteps, noise=part_noise)
-        if num_parts > 1:
-            loss = loss * (len(x_0) / len(inputs))
+    for x_0, timesteps, noise, seed in parts:
+        if seed is not None:
+            torch.manual_seed(seed)
+        with autocast(x_0.device, precision):
+            loss = _call(model, x_0, precision, timesteps=timesteps, noise=noise)
+        if len(x_0) < batch_size:
+            loss = loss * (len(x_0) / batch_size)
         (loss if loss_scale is None else loss * loss_scale).backward()
         losses.append(loss.detach())
     return sum(losses[1:], losses[0])
@@ -62,6 +90,16 @@ def _call(model: DiffusionModel, x_0: Tensor, precision: str, **options: Tensor 
     if x_0.device.type != "cuda" or dtype is None or is_compiled:
         return model(x_0, **options)
     return functional_call(model, half_copies(model, dtype), (x_0,), options)
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """The gradients that there are, in the order of the parameters."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def first_half(count: int) -> int:
+    """How many of these things, two at least, are in the first half of the binary tree: a power of two."""
+    return 1 << (count - 1).bit_length() - 1
 
 
 def train_step(model: DiffusionModel, inputs: Tensor, optimizer: Optimizer, device: torch.device | str) -> Tensor:

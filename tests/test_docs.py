@@ -22,6 +22,7 @@ from dvc.cli import DvcParserError, parse_args
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from torch.distributed.run import parse_args as parse_torchrun
 
 from modeling.config import Config, parse
 from modeling.system.errors import UserError
@@ -105,6 +106,11 @@ def check_python(script: str, *arguments: str) -> None:
         raise Wrong(f"unknown script {script}")
 
 
+def check_torchrun(*arguments: str) -> None:
+    options = parse_torchrun(list(arguments))
+    check_python(options.training_script, *options.training_script_args)
+
+
 def check_dvc(*arguments: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["dvc", *arguments])  # which DVC reads beside what it is given
@@ -131,7 +137,7 @@ def check_pytest(config: pytest.Config, *arguments: str) -> None:
 
 CHECKS: dict[str, Callable] = {
     "python": check_python, "python3": check_python, "dvc": check_dvc, "make": check_make, "pytest": check_pytest,
-    "pip": lambda *arguments: check_names(" ".join(arguments)),
+    "pip": lambda *arguments: check_names(" ".join(arguments)), "torchrun": check_torchrun,
 }  # fmt: skip
 
 
@@ -165,10 +171,9 @@ def check_names(text: str) -> None:
     if words and all(re.fullmatch(rf"(?:{sections}|experiment)(?:\.\w+)?=\S+", word) for word in words):
         missing = ["dataset.pictures=pictures"] if "dataset=folder" in words else []
         check_overrides("main.py", *words, *missing)
-    if (key := re.fullmatch(rf"({sections})\.(?!safetensors)(\w+)", text)) is not None:
-        section = Config.model_fields[key[1]].annotation
-        if key[2] not in section.model_fields:
-            raise Wrong(f"there is no key {text}")
+    key = re.fullmatch(rf"({sections})\.(?!safetensors)(\w+)", text)
+    if key is not None and key[2] not in Config.model_fields[key[1]].annotation.model_fields:
+        raise Wrong(f"there is no key {text}")
 
 
 def check_link(page: Path, path: str, heading: str) -> None:

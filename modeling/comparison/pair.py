@@ -9,7 +9,9 @@ from modeling.comparison.measure_rows import measure_rows
 from modeling.comparison.summaries import RunSummary, as_text, differing_keys
 from modeling.comparison.table import RESULTS, label_of, results_of
 
-_OF_THE_MACHINE = ("data_sha256", "code_sha256", "torch", "device", "precision", "micro_batch_size", "threads")
+_OF_THE_MACHINE = (
+    "data_sha256", "code_sha256", "torch", "device", "precision", "micro_batch_size", "threads", "processes",
+)  # fmt: skip
 _MAX_VALUE = 24
 
 

@@ -14,10 +14,10 @@ class Training:
 
     Args:
         run: the objects of the run.
-        tracker: gets the log lines and the grids.
+        tracker: gets the log lines and the grids; None in a process that shares the steps and writes nothing.
     """
 
-    def __init__(self, run: Run, tracker: Tracker):
+    def __init__(self, run: Run, tracker: Tracker | None):
         self.run, self.tracker, self.state = run, tracker, run.state
         self.step, self.books = run.make_step(), run.make_books()
 
@@ -39,7 +39,7 @@ class Training:
             for images in loader:
                 loss = step.backward(images)
                 with uninterrupted():  # a stopped run is always between two steps
-                    books.count_step(step.update(loss), len(images))
+                    books.count_step(step.update(loss), run.batches.batch_size)
                     if books.is_line_due:
                         self.log(bar)
                     if books.is_checkpoint_due:
@@ -51,12 +51,18 @@ class Training:
     def log(self, bar: tqdm) -> None:
         """Writes a log line and shows it beside the bar."""
         line = self.books.make_line(self.step.learning_rate(self.state.step - 1))
+        if self.tracker is None:
+            return
         with self.books.clock.paused():
             self.tracker.log(self.state.step, line)
             bar.set_postfix_str(describe_line(line), refresh=False)
 
     def save(self) -> None:
         """Writes a checkpoint of the state between two steps, after the log lines of the steps that it covers."""
+        self.step.processes.expect_pause()
+        if self.tracker is None:
+            self.books.note_checkpoint()
+            return
         self.books.count_time()
         with self.books.clock.paused():
             self.books.collect_losses()
@@ -67,5 +73,8 @@ class Training:
 
     def sample(self) -> None:
         """Writes the grids of this step."""
+        self.step.processes.expect_pause()
+        if self.tracker is None:
+            return
         with self.books.clock.paused():
             self.run.sample(self.tracker)

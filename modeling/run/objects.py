@@ -18,6 +18,7 @@ from modeling.heldout import denoising_loss
 from modeling.run.bookkeeping import Bookkeeping, TrainState
 from modeling.run.folder import RunFolder, describe_state
 from modeling.run.identity import ROOT, describe_differences, differences
+from modeling.run.processes import ALONE, Processes
 from modeling.run.records import Tracker, write_csv
 from modeling.run.step import Step
 from modeling.runtime import peak_memory_bytes, place, resolve_micro_batch_size
@@ -39,9 +40,11 @@ class Run:
         last_step: the length of the run in steps.
         folder: the run's own.
         device, precision: as `build_runtime` found them.
+        processes: that share each batch.
 
     Raises:
-        UserError: if the data is not what was prepared, or has fewer images than a batch.
+        UserError: if the data is not what was prepared, or has fewer images than a batch, or a batch fewer images than
+            there are processes.
     """
 
     def __init__(
@@ -52,15 +55,17 @@ class Run:
         folder: RunFolder,
         device: torch.device,
         precision: str,
+        processes: Processes = ALONE,
     ):
         self.config, self.folder, self.device, self.precision = config, folder, device, precision
-        self.last_step = last_step
+        self.last_step, self.processes = last_step, processes
         self.micro_batch_size = resolve_micro_batch_size(
             config.runtime.micro_batch_size, device, config.train.batch_size, config.model.hidden_size
         )
+        share = processes.share(config.train.batch_size, self.micro_batch_size)
         data = config.dataset.folder
         self.images = {split: load_images(data, split, manifest) for split in ("train", "test")}
-        self.batches = build.build_batches(config, self.images["train"], self.device)
+        self.batches = build.build_batches(config, self.images["train"], self.device, share.rows)
         self.model = place(build.build_model(config), self.device)
         self.ema = Ema(self.model.eps_model, config.train.ema_decay)
         self.ema_model = build.build_diffusion(config.diffusion, self.ema.module).to(self.device)
@@ -76,6 +81,7 @@ class Run:
     def describe(self) -> str:
         """What will run, for the terminal: what differs from params.yaml, then the rest."""
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        threads += f", {self.processes.count} processes" if self.processes.count > 1 else ""
         at = f", from step {self.state.step:,}" if self.state.step else ""
         changed = differences(read_yaml(ROOT / "params.yaml", dict[str, Any]), self.config.model_dump())
         lines = [f"  {key:<32}{json.dumps(a)} -> {json.dumps(b)}\n" for key, (a, b) in changed.items()]
@@ -97,6 +103,7 @@ class Run:
             "precision": self.precision,
             "micro_batch_size": self.micro_batch_size,
             "threads": torch.get_num_threads(),
+            "processes": self.processes.count,
         }
 
     def load(self, origin: Checkpoint | None) -> None:
@@ -119,7 +126,8 @@ class Run:
             load_fitting(self.optimizer, content["optimizer"], name)
         except (CheckpointError, TypeError) as error:
             raise UserError(f"the checkpoint cannot be resumed: {error}") from error
-        if changed := differences(content["about"].get("environment", {}), self.environment):
+        saved = {"processes": 1} | content["about"].get("environment", {})  # older checkpoints do not name it
+        if changed := differences(saved, self.environment):
             how = describe_differences(changed, "checkpoint")
             print(
                 f"warning: the result may differ in the last bits from that of an uninterrupted run ({how})",
@@ -138,6 +146,8 @@ class Run:
             precision=self.precision,
             micro_batch_size=self.micro_batch_size,
             max_grad_norm=self.config.optimizer.max_grad_norm,
+            processes=self.processes,
+            batch_size=self.batches.batch_size,
         )
 
     def make_books(self) -> Bookkeeping:

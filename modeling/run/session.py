@@ -1,9 +1,12 @@
-"""What one process does for a run: it identifies the run, claims its folder, resumes it and writes its files.
+"""What a process does for a run: it identifies the run, claims its folder, resumes it and writes its files.
+
+Of several processes the first does that; the others share its training steps.
 
 The folder holds config.yaml, metrics.jsonl, samples/, checkpoints/ (the full state), model.safetensors (averaged
 weights), details.json and metrics.json, which is written last: a run is finished exactly if it exists.
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from modeling.run.identity import (
 )
 from modeling.run.loop import Training
 from modeling.run.objects import Run
+from modeling.run.processes import joined
 from modeling.run.records import build_tracker
 from modeling.stage import Manifest, repository
 from modeling.system.errors import UserError
@@ -96,40 +100,47 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
         OSError: when the disk fails, naming the file; the last checkpoint is untouched.
         Stopped: when the process is asked to end; the state is saved.
     """
-    machine = build.build_runtime(config.runtime)
-    images, length = manifest["files"]["train.npy"], config.train
-    last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
-    identity, origin, note = _identify(config, last_step, manifest)
-    path = repository() / (config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
-    folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
-    with folder.claimed():
-        finished_at = folder.finished_at()
-        if config.runtime.resume == "never" and finished_at is not None:
-            raise UserError(
-                f"runtime.resume=never: {path} holds this run, finished: delete it, or set runtime.output_dir to "
-                "another folder"
-            )
-        if finished_at == last_step:
-            print(f"{path}: this run is finished, nothing to do")
-            return path
-        run = Run(config, manifest, last_step, folder, *machine)
-        run.load(origin)
-        if config.runtime.resume == "never" and run.state.step:
-            raise UserError(
-                f"runtime.resume=never: {path} holds this run up to step {run.state.step}: delete it, or set "
-                "runtime.output_dir to another folder"
-            )
-        if run.state.step > last_step:
-            longer = f"{path} holds this run with {run.state.step} steps, more than the {last_step} asked for"
-            if not replace:
-                raise UserError(f"{longer}: set runtime.output_dir to another folder")
-            print(f"{longer}: starting from scratch")
-            folder.clear()
-            run = Run(config, manifest, last_step, folder, *machine)
-        if run.state.step == 0 and not note:
-            note = folder.similar_run() or ""
-        print("\n".join([run.describe(), *([note] if note else []), ""]), flush=True)
-        _carry_out(run)
+    with joined() as processes:
+        device, precision = build.build_runtime(config.runtime)
+        processes.use(device)
+        images, length = manifest["files"]["train.npy"], config.train
+        last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
+        identity, origin, note = _identify(config, last_step, manifest)
+        path = repository() / (config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
+        folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
+        objects = config, manifest, last_step, folder, device, precision, processes
+        with folder.claimed() if processes.rank == 0 else contextlib.nullcontext():
+            with processes.first():  # the others then find what process 0 has left in the folder
+                finished_at = folder.finished_at()
+                if config.runtime.resume == "never" and finished_at is not None:
+                    raise UserError(
+                        f"runtime.resume=never: {path} holds this run, finished: delete it, or set runtime.output_dir "
+                        "to another folder"
+                    )
+                if finished_at == last_step:
+                    print(f"{path}: this run is finished, nothing to do")
+                    return path
+                run = Run(*objects)
+                run.load(origin)
+                if config.runtime.resume == "never" and run.state.step:
+                    raise UserError(
+                        f"runtime.resume=never: {path} holds this run up to step {run.state.step}: delete it, or set "
+                        "runtime.output_dir to another folder"
+                    )
+                if run.state.step > last_step:
+                    longer = f"{path} holds this run with {run.state.step} steps, more than the {last_step} asked for"
+                    if not replace:
+                        raise UserError(f"{longer}: set runtime.output_dir to another folder")
+                    print(f"{longer}: starting from scratch")
+                    folder.clear()
+                    run = Run(*objects)
+                if run.state.step == 0 and not note:
+                    note = folder.similar_run() or ""
+                print("\n".join([run.describe(), *([note] if note else []), ""]), flush=True)
+            if processes.rank == 0:
+                _carry_out(run)
+            else:
+                Training(run, None).fit()
     return path
 
 
@@ -142,7 +153,8 @@ def _carry_out(run: Run) -> None:
     training = Training(run, tracker)
     try:
         tracker.artifact(folder / "config.yaml", "config", "config")
-        inputs = save_grid(run.batches[0][: config.train.num_samples], folder / "samples" / "inputs.png")
+        images = run.batches.take(0, range(min(config.train.num_samples, config.train.batch_size)))
+        inputs = save_grid(images, folder / "samples" / "inputs.png")
         tracker.image(0, "inputs", inputs)
         training.fit()
         values = config.model_dump()

@@ -13,15 +13,16 @@ from modeling.ema import Ema
 from modeling.images import to_model_range
 from modeling.run.bookkeeping import TrainState
 from modeling.run.loss_scale import LossScale
+from modeling.run.processes import ALONE, Processes
 from modeling.seeding import Purpose, derive_seed, draw_integers, draw_normal
-from modeling.training import backward
+from modeling.training import backward, gradients_of
 
 
 @dataclass
 class Step:
     """Algorithm 1 in a run: all that is drawn is a function of the seed and the step number.
 
-    Dropout alone draws from torch's generator, seeded for each step: its masks depend on the size of the micro-batches.
+    Dropout alone draws from torch's generator, seeded for each part: its masks depend on the size of the micro-batches.
     """
 
     model: DiffusionModel
@@ -33,6 +34,8 @@ class Step:
     precision: str = "fp32"  # for `modeling.training.backward`
     micro_batch_size: int | None = None  # likewise
     max_grad_norm: float | None = None  # scales the gradient down to this norm; None leaves it
+    processes: Processes = ALONE  # that share the batch
+    batch_size: int | None = None  # of the whole batch; None: the rows that `backward` gets are all of it
 
     def __post_init__(self) -> None:
         self.device = self.model.betas.device
@@ -41,11 +44,15 @@ class Step:
             self.loss_scale = LossScale(self.state.loss_scale, self.state.num_finite_at_scale, self.device)
 
     def backward(self, images: Tensor) -> Tensor:
-        """The gradient of this step's loss on images (B, C, H, W) uint8; returns the loss, a scalar on the device."""
-        step, index = self.state.step, torch.arange(len(images))  # position in the global batch
+        """The gradient of this step's loss on this process's rows of the batch, (B, C, H, W) uint8.
+
+        Returns their part of the loss, a scalar on the device.
+        """
+        step, batch_size = self.state.step, self.batch_size or len(images)
+        share = self.processes.share(batch_size, self.micro_batch_size)
+        index = torch.arange(share.rows.start, share.rows.stop)  # position in the global batch
         timesteps = draw_integers(self.seed, Purpose.TIMESTEP, step, index, self.model.num_timesteps) + 1
         index, timesteps = (rows.to(self.device, non_blocking=True) for rows in (index, timesteps))
-        torch.manual_seed(derive_seed(self.seed, Purpose.DROPOUT, step))
         self.optimizer.zero_grad()
         return backward(
             self.model,
@@ -53,19 +60,30 @@ class Step:
             timesteps=timesteps,
             noise=draw_normal(self.seed, Purpose.NOISE, step, index, images.shape[1:]),
             precision=self.precision,
-            micro_batch_size=self.micro_batch_size,
             loss_scale=None if self.loss_scale is None else self.loss_scale.scale,
+            batch_size=batch_size,
+            seeds=[derive_seed(self.seed, Purpose.DROPOUT, step, place) for place in share.parts],
         )
 
     def update(self, loss: Tensor) -> Tensor:
-        """Clips the gradient, then moves weights and average, unless loss or gradient is not finite.
+        """Adds up and clips the gradient, then moves weights and average, unless loss or gradient is not finite.
 
-        A skipped step changes neither weights nor average nor optimizer. Returns the loss, NaN for a skipped step.
+        A skipped step changes neither weights nor average nor optimizer. All processes do the same update.
+
+        Args:
+            loss: of this process's rows.
+
+        Returns:
+            The loss of the batch, NaN for a skipped step.
+
+        Raises:
+            SystemExit: when another process ends.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.state.step)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = gradients_of(self.model)
+        loss = self.processes.add_up(loss, gradients)
         if self.loss_scale is not None:
             self.loss_scale.unscale(gradients)
         grad_norm = torch.nn.utils.get_total_norm(gradients)
