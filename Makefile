@@ -35,7 +35,8 @@ report: .venv/installed ## all runs under runs/ beside each other: report.html, 
 	$(BIN)/python report.py --html report.html
 
 experiments: .venv/installed ## recorded experiments beside each other: losses, seconds and the values that differ
-	@$(BIN)/dvc exp show --no-pager --only-changed --drop \
+	@columns=$$(tput cols 2>/dev/null || echo 0); [ $$columns -ge 120 ] || columns=120; \
+	COLUMNS=$$columns $(BIN)/dvc exp show --no-pager --only-changed --drop \
 	    'Created|Executor|eval/(train|heldout_raw)|images|memory|parameters|steps|skipped'
 
 plots: .venv/installed ## the recorded run's plots beside the workspace's: a page that needs no network

@@ -171,7 +171,7 @@ class Runtime(Machine):
     output_dir: PathText | None
     """The run's folder; null: runs/<runtime.name, or what the run is>-<hash>."""
     resume: PathText
-    """auto: from the folder's newest checkpoint; never: from scratch; or a checkpoint's path, to start from."""
+    """auto: from the folder's newest checkpoint; never: from scratch; or a checkpoint or run's folder to start from."""
     max_seconds: Seconds | None
     """Seconds after which the run saves its state and ends; the same command resumes it. null: no limit."""
     checkpoint_seconds: Seconds | None

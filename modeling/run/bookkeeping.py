@@ -63,7 +63,8 @@ class Bookkeeping:
     sample_every: int  # epochs between grids of samples, and always after the last step
     checkpoint_seconds: float = math.inf  # a checkpoint is also due after this time
     max_skipped_in_row: int = 10  # this many skipped steps, one after the other, end the run
-    precision: str = "fp32"  # for the remedy in that error
+    precision: str = "fp32"  # this and the next one: for the remedy in that error
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         self.clock = Stopwatch()
@@ -119,7 +120,8 @@ class Bookkeeping:
                     raise FloatingPointError(
                         f"the loss or its gradient was not finite in {self.max_skipped_in_row} steps in a row "
                         f"({step - self.max_skipped_in_row + 1} to {step}): "
-                        "try a lower optimizer.lr, optimizer.max_grad_norm=1"
+                        "try a lower optimizer.lr"
+                        + (" or optimizer.max_grad_norm=1" if self.max_grad_norm is None else "")
                         + (" or runtime.precision=fp32" if self.precision == "fp16" else "")
                     )
                 continue

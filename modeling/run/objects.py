@@ -86,12 +86,12 @@ class Run:
         changed = differences(read_yaml(ROOT / "params.yaml", dict[str, Any]), self.config.model_dump())
         lines = [f"  {key:<32}{json.dumps(a)} -> {json.dumps(b)}\n" for key, (a, b) in changed.items()]
         return (
-            f"configuration of params.yaml{', with' if lines else ''}\n{''.join(lines)}\n"
+            f"params.yaml{', with' if lines else ''} (config.yaml in the run folder has all)\n{''.join(lines)}\n"
             f"model       {self.config.model.name}, {self.num_parameters:,} parameters\n"
             f"device      {self.device}{threads}, {self.precision}, {self.micro_batch_size} images at a time\n"
             f"training    {self.last_step:,} steps of {self.batches.batch_size} images, "
             f"{self.batches.steps_per_epoch:,} steps an epoch{at}\n"
-            f"run folder  {self.folder.path}/, its config.yaml has the whole configuration"
+            f"run folder  {self.folder.path}/"
         )
 
     @property
@@ -163,6 +163,7 @@ class Run:
             checkpoint_seconds=self.config.runtime.checkpoint_seconds or math.inf,
             max_skipped_in_row=train.max_skipped_in_row,
             precision=self.precision,
+            max_grad_norm=self.config.optimizer.max_grad_norm,
         )
 
     def save(self) -> None:

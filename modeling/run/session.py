@@ -53,6 +53,8 @@ def _identify(config: Config, last_step: int, manifest: Manifest) -> tuple[Ident
     resume = config.runtime.resume
     if resume in ("auto", "never"):
         return identity, None, ""
+    if Path(resume).is_dir():  # a run's folder
+        resume = str(Path(resume) / "checkpoints" / "last.pt")
     try:
         origin = load_checkpoint(resume)
         origin_identity, origin_name = origin["about"]["identity"], describe_state(origin)

@@ -38,7 +38,8 @@ class Section(BaseModel):
         """Of the keys that depend on a choice, those that it needs must have a value and the others must be null."""
         for key in needed:
             if getattr(self, key) is None:
-                raise ValueError(f"{key} needs a value with {choice}")
+                group, name = choice.partition(".")[0], choice.partition("=")[2]
+                raise ValueError(f"{key} needs a value with {choice}; `{group}={name}` on a command line sets it")
         for key in keys:
             if key not in needed and (value := getattr(self, key)) is not None:
                 raise ValueError(f"{key} must be null with {choice}, got {value}")
