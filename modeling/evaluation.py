@@ -117,46 +117,50 @@ def measure_errors(
         for start in range(0, len(images), batch_size):
             x_0 = to_model_range(images[start : start + batch_size].to(device))
             index = torch.arange(len(x_0), device=device) + first_image + start
-            measured = [_prior(diffusion, x_0)]
-            for column in bar(list(range(-1, columns))):  # -1: timestep 1
+            decoder = torch.empty(0)  # (B, 2), of timestep 1
+            means = [_mean(x_0.square())]  # on the device until the batch is done: no CPU-GPU sync
+            for column in bar(list(range(-1, columns))):  # -1: the decoder
                 noise = draw_normal(_SEED, Purpose.EVALUATION, column + 1, index, images.shape[1:])
                 if column < 0:
-                    measured.append(_decoder(diffusion, x_0, noise))
+                    decoder = _decoder(diffusion, x_0, noise)
                     continue
                 low, high = bounds[column], bounds[column + 1]
                 timesteps = low + draw_integers(_SEED, Purpose.TIMESTEP, column, index, high - low)
-                measured += [timesteps.cpu().double()[:, None], _errors(diffusion, x_0, timesteps, noise)]
-            rows.append(torch.cat(measured, dim=1))
+                means += [timesteps.to(x_0.dtype), *_errors(diffusion, x_0, timesteps, noise)]
+            rows.append(_row(diffusion, torch.stack(means, dim=1).cpu().double(), decoder))
     return torch.cat(rows)
 
 
 def _mean(values: Tensor) -> Tensor:
-    """The mean over each image's dimensions, (B,) float64 on the CPU."""
-    return values.flatten(1).mean(1).cpu().double()
-
-
-def _prior(diffusion: DiffusionModel, x_0: Tensor) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, 1)), (B, 1)."""
-    abar = diffusion.schedules_float64["alphas_cumprod"][-1].item()
-    return 0.5 * (abar * _mean(x_0.square()) - abar - math.log1p(-abar))[:, None]
+    """The mean over each image's dimensions, (B,)."""
+    return values.flatten(1).mean(1)
 
 
 def _decoder(diffusion: DiffusionModel, x_0: Tensor, noise: Tensor) -> Tensor:
-    """log p(x_0 | x_1) with the predicted x_0 raw and clipped, (B, 2)."""
+    """log p(x_0 | x_1) with the predicted x_0 raw and clipped, (B, 2) float64 on the CPU."""
     timesteps = torch.ones(len(x_0), dtype=torch.int64, device=x_0.device)
     _, predicted = diffusion.predict(diffusion.q_sample(x_0, timesteps, noise), 1)
     # sigma_1^2: the posterior variance of t = 1 is 0, so that of t = 2 is used; with T = 1 only beta_1 is available.
     variance = diffusion.posterior_variance(2) if diffusion.num_timesteps > 1 else diffusion.p_variance(1)
-    means = predicted.cpu(), predicted.clamp(-1, 1).cpu()
-    return torch.stack([_mean(discretized_log_likelihood(x_0.cpu(), mean, variance**0.5)) for mean in means], dim=1)
+    x_0, predicted = x_0.cpu(), predicted.cpu()  # CPU-GPU sync, once a batch
+    means = predicted, predicted.clamp(-1, 1)
+    return torch.stack([_mean(discretized_log_likelihood(x_0, mean, variance**0.5)) for mean in means], dim=1)
 
 
-def _errors(diffusion: DiffusionModel, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-    """The squared error of the predicted x_0, raw and clipped, (B, 2)."""
+def _errors(diffusion: DiffusionModel, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared errors of the predicted eps, and of the x_0 clipped, (B,) each."""
     eps, predicted = diffusion.predict(diffusion.q_sample(x_0, timesteps, noise), timesteps)
-    abar = diffusion.schedules_float64["alphas_cumprod"][timesteps.cpu()]
-    raw = _mean((eps - noise).square()) * (1 - abar) / abar  # eq. 15, without its cancellation
-    return torch.stack([raw, _mean((predicted.clamp(-1, 1) - x_0).square())], dim=1)
+    return _mean((eps - noise).square()), _mean((predicted.clamp(-1, 1) - x_0).square())
+
+
+def _row(diffusion: DiffusionModel, means: Tensor, decoder: Tensor) -> Tensor:
+    """The rows of `measure_errors`, from the mean square of x_0 and K times a timestep and its two errors."""
+    abar = diffusion.schedules_float64["alphas_cumprod"]
+    prior = 0.5 * (abar[-1].item() * means[:, :1] - abar[-1].item() - math.log1p(-abar[-1].item()))  # L_T
+    timesteps, eps, clipped = means[:, 1::3], means[:, 2::3], means[:, 3::3]
+    abar = abar[timesteps.long()]
+    raw = eps * (1 - abar) / abar  # the error of x_0 by eq. 15, without its cancellation
+    return torch.cat([prior, decoder, torch.stack([timesteps, raw, clipped], dim=2).flatten(1)], dim=1)
 
 
 def summarise(

@@ -154,6 +154,16 @@ def test_batch_size_changes_rounding_only_and_the_mode_is_restored(device):
     assert model.training
 
 
+def test_a_batch_is_transferred_once_however_many_its_timesteps(monkeypatch):
+    model, counts, transfer = gaussian_oracle(0.5, (0.01, 0.3), 20), [], torch.Tensor.cpu
+    for timesteps_per_image in (2, 19):
+        calls = []
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor, calls=calls: calls.append(tensor) or transfer(tensor))
+        measure_errors(model, images(), timesteps_per_image=timesteps_per_image)
+        counts.append(len(calls))
+    assert counts == [3, 3]  # two of them for the decoder, which is computed on the CPU
+
+
 def test_clipping_helps_a_network_that_leaves_the_range():
     wild = DiffusionModel(Lambda(lambda x, t: -2 * x), (0.01, 0.3), 20)
     errors = measure_errors(wild, images())

@@ -56,7 +56,8 @@ class TrainedModel:
     @property
     def environment(self) -> dict:
         """What the last bits of a number depend on, beside the size of the batches."""
-        return {"device": self.device.type, "threads": torch.get_num_threads(), "torch": version("torch")}
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
+        return {"device": device, "threads": torch.get_num_threads(), "torch": version("torch")}
 
     @property
     def samples_identity(self) -> dict:

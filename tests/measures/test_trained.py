@@ -36,3 +36,12 @@ def test_samples_that_are_not_finite_are_an_error_and_leave_no_part(draw, tmp_pa
     with pytest.raises(FloatingPointError, match="a sample is not finite in fp32"):
         draw(tmp_path, 2, eps=lambda x, t: x * float("nan"))
     assert not list(tmp_path.glob("*.npy"))
+
+
+def test_a_record_names_the_gpu(compose_config, monkeypatch):
+    options = parse(compose_config("checkpoint=none", "device=cpu", "num_steps=5", name="sample"), SampleConfig)
+    trained = TrainedModel(options, DiffusionModel(Lambda(lambda x, t: x), (0.01, 0.3), 12), {})
+    assert trained.environment["device"] == "cpu"
+    trained.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert trained.environment["device"] == "NVIDIA H100"
