@@ -67,3 +67,13 @@ def network_flops(network: nn.Module, with_gradient: bool, time: float = 0.5) ->
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def count_launches(run: Callable[[int], None], num_steps: int = 10) -> float | None:
+    """Kernels, copies and fills of memory that a step launches on the GPU, by torch's profiler; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(num_steps)
+    events = [event for event in profile.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.is_user_annotation for event in events) / num_steps

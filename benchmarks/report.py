@@ -17,7 +17,9 @@ def table(rows: list[dict], over: str = "first") -> str:
         over: the row that a ratio refers to, "first" or "previous".
     """
     peak = max((row["gflops"] for row in rows if row["case"]["name"].startswith("peak")), default=None)
-    lines = ["| | images/s | lowest-highest | ratio | GFLOP/s | of the peak | peak memory |", "|---|" + "---:|" * 6]
+    has_launches = any(row["launches"] is not None for row in rows)
+    header = "| | images/s | lowest-highest | ratio | GFLOP/s | of the peak | peak memory |"
+    lines = [header + " launches a step |" * has_launches, "|---|" + "---:|" * (6 + has_launches)]
     for index, row in enumerate(rows):
         rate = row["images_per_second"]
         cells = [row["label"], f"{rate:.1f}", f"{row['lowest']:.1f}-{row['highest']:.1f}"]
@@ -28,7 +30,10 @@ def table(rows: list[dict], over: str = "first") -> str:
             cells.append(f"{rate / base['images_per_second']:.2f}")
         cells.append(f"{row['gflops']:,.0f}" if row["gflops"] else "")
         cells.append(f"{100 * row['gflops'] / peak:.0f} %" if peak and row["gflops"] else "")
-        lines.append(f"| {' | '.join(cells)} | {row['memory_bytes'] / 1e9:.2f} GB |")
+        cells.append(f"{row['memory_bytes'] / 1e9:.2f} GB")
+        if has_launches:
+            cells.append(f"{row['launches']:,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

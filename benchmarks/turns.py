@@ -7,7 +7,11 @@ import statistics
 import subprocess
 import sys
 
+import torch
+
 from modeling.system.errors import UserError
+
+_ROOM_BYTES = 40e9  # of a GPU that holds all contenders of a table at once
 
 
 class Worker:
@@ -43,15 +47,15 @@ class Worker:
         done = self.ask(seconds)
         self.rates.append(done["images"] / done["seconds"])
 
-    def finish(self) -> int:
+    def finish(self) -> dict:
         self.questions.close()
-        memory = self.read()["memory_bytes"]
+        found = self.read()
         self.process.wait()
-        return memory
+        return found
 
 
 def measure(title: str, cases: dict[str, dict], rounds: int, seconds: float) -> list[dict]:
-    """Runs the cases in turns.
+    """Runs the cases in turns; one after the other where a GPU has no room for all of them.
 
     Args:
         title: for the progress on standard error.
@@ -60,8 +64,14 @@ def measure(title: str, cases: dict[str, dict], rounds: int, seconds: float) -> 
         seconds: length of a turn; at least one step is done.
 
     Returns:
-        A row for each: label, images_per_second (median), lowest, highest, gflops (a second), memory_bytes.
+        A row for each: label, images_per_second (median), lowest, highest, gflops (a second), memory_bytes, launches.
     """
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < _ROOM_BYTES:
+        return [row for label in cases for row in _take_turns(title, {label: cases[label]}, rounds, seconds)]
+    return _take_turns(title, cases, rounds, seconds)
+
+
+def _take_turns(title: str, cases: dict[str, dict], rounds: int, seconds: float) -> list[dict]:
     workers, flops = [], []
     try:
         workers += [Worker(label, case) for label, case in cases.items()]
@@ -73,7 +83,7 @@ def measure(title: str, cases: dict[str, dict], rounds: int, seconds: float) -> 
             print(f"{title}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for worker in workers:
                 worker.take_turn(seconds)
-        memories = [worker.finish() for worker in workers]
+        endings = [worker.finish() for worker in workers]
     finally:
         for worker in workers:
             worker.process.kill()
@@ -85,7 +95,7 @@ def measure(title: str, cases: dict[str, dict], rounds: int, seconds: float) -> 
             "lowest": min(worker.rates),
             "highest": max(worker.rates),
             "gflops": statistics.median(worker.rates) * per_image / 1e9,
-            "memory_bytes": memory,
+            **ending,
         }
-        for worker, per_image, memory in zip(workers, flops, memories, strict=True)
+        for worker, per_image, ending in zip(workers, flops, endings, strict=True)
     ]

@@ -1,7 +1,8 @@
 """One contender in a process of its own; `benchmark.py` says when it runs and for how long.
 
 Lines of JSON on standard input: the contender and its arguments, then numbers of seconds to run for. On standard
-output: its FLOPs, when it is warm; for each number the images and the seconds; at the end the peak memory.
+output: its FLOPs, when it is warm; for each number the images and the seconds; at the end the peak memory, and what a
+step launches on a GPU.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from benchmarks.contender import count_launches
 from benchmarks.kernels import group_norm, peak_convolution, peak_matmul, relu
 from benchmarks.peers import diffusers_training
 from benchmarks.sampling import our_sampling, reference_sampling
@@ -69,7 +71,7 @@ def main() -> None:
         with busy_processes(num_busy):
             num_steps, seconds = timed(contender.run, json.loads(line))
         print(json.dumps({"images": num_steps * contender.images_per_step, "seconds": seconds}), flush=True)
-    print(json.dumps({"memory_bytes": peak_memory_bytes()}), flush=True)
+    print(json.dumps({"memory_bytes": peak_memory_bytes(), "launches": count_launches(contender.run)}), flush=True)
 
 
 if __name__ == "__main__":

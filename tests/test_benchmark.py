@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 import benchmark
-from benchmarks import sampling, training
+from benchmarks import sampling, training, turns
 from benchmarks.contender import compose, network_flops, plain_network
 from benchmarks.report import table
 from benchmarks.worker import busy_processes, timed
@@ -29,7 +30,7 @@ def overrides(tiny_data, tmp_path, monkeypatch) -> list[str]:
     ("over", "ratios"), [("first", ["1.00", "2.00", "4.00"]), ("previous", ["1.00", "2.00", "2.00"])]
 )
 def test_ratios_are_of_the_named_row_and_shares_of_the_peak(over, ratios):
-    row = {"label": "x", "lowest": 1, "highest": 2, "memory_bytes": 1e9}
+    row = {"label": "x", "lowest": 1, "highest": 2, "memory_bytes": 1e9, "launches": None}
     rows = [
         row | {"case": {"name": name}, "images_per_second": rate, "gflops": rate}
         for name, rate in (("ours", 10), ("ours", 20), ("ours", 40), ("peak matmul", 80))
@@ -37,6 +38,15 @@ def test_ratios_are_of_the_named_row_and_shares_of_the_peak(over, ratios):
     cells = [line.split("|") for line in table(rows, over=over).splitlines()[2:]]
     assert [row[4].strip() for row in cells] == [*ratios, ""]
     assert [row[6].strip() for row in cells] == ["12 %", "25 %", "50 %", "100 %"]
+
+
+def test_launches_a_step_are_a_column_where_a_gpu_counted_them():
+    row = {"label": "x", "lowest": 1, "highest": 2, "memory_bytes": 1e9, "images_per_second": 1, "gflops": 0}
+    row |= {"case": {"name": "ours"}}
+    plain, counted = (table([row | {"launches": launches}]).splitlines() for launches in (None, 624.0))
+    assert plain[0].endswith("| peak memory |")
+    assert counted[0] == plain[0] + " launches a step |"
+    assert counted[2] == plain[2] + " 624 |"
 
 
 def test_the_assignments_network_has_the_flops_worked_out_by_hand():
@@ -101,6 +111,16 @@ def test_both_samplers_evaluate_the_network_once_a_step(overrides):
         hook.remove()
         assert len(calls) == 5, make
         calls.clear()
+
+
+@pytest.mark.parametrize(("room", "expected"), [(80e9, [["a", "b"]]), (24e9, [["a"], ["b"]])])
+def test_contenders_come_one_after_the_other_where_a_gpu_has_no_room_for_all(room, expected, monkeypatch):
+    groups = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=room))
+    monkeypatch.setattr(turns, "_take_turns", lambda title, cases, *rest: groups.append([*cases]) or [])
+    turns.measure("title", {"a": {}, "b": {}}, 1, 0.1)
+    assert groups == expected
 
 
 def test_busy_processes_end_with_their_section():
