@@ -29,7 +29,7 @@ def test_the_terminal_shows_what_will_run_and_how_it_goes(finished_run):
     out, err = (finished_run.with_name(name).read_text() for name in ("out", "err"))
     heading, *changed = out.partition("\n\n")[0].splitlines()
     rest = out.partition("\n\n")[2]
-    assert heading == "params.yaml, with (config.yaml in the run folder has all)"
+    assert heading == "params.yaml, with (all values: config.yaml)"
     values, defaults = (leaves(yaml.safe_load(path.read_text())) for path in (finished_run / "config.yaml", PARAMS))
     assert {line.split()[0] for line in changed} == {key for key in values if values[key] != defaults[key]}
     assert '  dataset.name                    "cifar10" -> "shapes"' in changed

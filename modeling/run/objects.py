@@ -86,7 +86,7 @@ class Run:
         changed = differences(read_yaml(ROOT / "params.yaml", dict[str, Any]), self.config.model_dump())
         lines = [f"  {key:<32}{json.dumps(a)} -> {json.dumps(b)}\n" for key, (a, b) in changed.items()]
         return (
-            f"params.yaml{', with' if lines else ''} (config.yaml in the run folder has all)\n{''.join(lines)}\n"
+            f"params.yaml{', with' if lines else ''} (all values: config.yaml)\n{''.join(lines)}\n"
             f"model       {self.config.model.name}, {self.num_parameters:,} parameters\n"
             f"device      {self.device}{threads}, {self.precision}, {self.micro_batch_size} images at a time\n"
             f"training    {self.last_step:,} steps of {self.batches.batch_size} images, "
