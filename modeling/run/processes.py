@@ -123,9 +123,7 @@ class Processes:
     def agree(self) -> None:
         """Waits until all processes have come here or end.
 
-        Raises:
-            Failed, Stopped: when one ends, and said so.
-            UserError: when one is dead, or does not answer.
+        Raises Failed or Stopped when one ends, and UserError when one is dead or does not answer.
         """
         if self.count == 1:
             return
@@ -180,8 +178,7 @@ class Processes:
     def _gather(self, ours: Tensor) -> list[Tensor]:
         """Every process's tensor.
 
-        Raises:
-            UserError, Failed: when one is dead, or does not answer.
+        Raises UserError or Failed when one is dead, or does not answer.
         """
         theirs, num_waits = [torch.empty_like(ours) for _ in range(self.count)], 0
         try:
@@ -201,15 +198,17 @@ class Processes:
         """What ends this process when another one is dead or hangs; the first of the living says which."""
         assert self.store is not None
         self._is_lost = True
-        time.sleep(SAY_SECONDS)
         try:
-            counts = [self.store.add(str(rank), 0) for rank in range(self.count)]
+            self.store.add(str(self.rank), 1)  # it lives
+            time.sleep(SAY_SECONDS)
+            counts = [self.store.add(str(rank), 0) - self._num_agreed for rank in range(self.count)]
         except RuntimeError:  # without a launcher process 0 keeps the counts
-            counts = [0] + [self._num_agreed] * (self.count - 1)
-        missing = [rank for rank, count in enumerate(counts) if count < self._num_agreed]
+            counts = [-1] + [1] * (self.count - 1)
+        # Those that have not come to this agreement; else those that came, but do not say that they live.
+        missing = [rank for rank in range(self.count) if counts[rank] == min(counts) < 1]
         if self.rank != min(set(range(self.count)) - set(missing)):
             return Failed("", 1)
-        who = f"process {', '.join(map(str, missing))}" if missing else "a process"
+        who = f"process {', '.join(map(str, missing))}" if missing else "one"
         remedy = "the same command resumes the run from its last checkpoint"
         return UserError(f"{who} of {self.count} is dead or does not answer: {remedy}")
 
@@ -231,11 +230,11 @@ def joined() -> Iterator[Processes]:
         return
     try:
         store, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+        store = distributed.PrefixStore(str(store.add(f"joined by {rank}", 1)), store)  # each run of a sweep its own
         # Its own time limit is for the whole run: how long a process waits is decided at each agreement.
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(days=1))
     except RuntimeError as error:
-        at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        what = f"the {os.environ['WORLD_SIZE']} processes have not found each other at {at}"
+        what = "{WORLD_SIZE} processes have not found each other at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
         raise UserError(f"{what}: {str(error).splitlines()[0]}") from error
     processes = Processes(rank, count, store)
     try:
