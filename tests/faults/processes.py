@@ -1,10 +1,15 @@
 """What the tests of real processes share: a run that takes seconds, and what it has printed and recorded so far."""
 
+import contextlib
 import json
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.helpers import TINY, start_script
+import psutil
+
+from tests.helpers import ROOT, TINY, clean_environment, start_script
 
 NUM_STEPS = 100
 LONG = [*TINY, "train.num_epochs=25", "train.sample_every=10", "train.log_every=1"]
@@ -31,3 +36,34 @@ def steps_of(folder: Path) -> list[int]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+@contextlib.contextmanager
+def launched(
+    count: int, *overrides: str, script: Path = ROOT / "main.py", **popen_options
+) -> Iterator[subprocess.Popen]:
+    """Starts `count` processes by torchrun, with all output in one pipe; none of them outlives the section."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(script)]
+    options = {"cwd": ROOT, "env": clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))} | popen_options
+    with subprocess.Popen(
+        [sys.executable, *launcher, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        **options,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+
+
+def process_of(launcher: subprocess.Popen, rank: int) -> psutil.Process:
+    """The launched process with this number."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    [found] = [child for child in children if child.environ().get("RANK") == str(rank)]
+    return found
