@@ -39,7 +39,7 @@ SLOW_PHASES = [  # each lasts a second or more
 )
 def test_a_signal_saves_within_ten_seconds_and_ends_with_its_code(tmp_path, tiny_data, record_property, name, phase):
     options = *TINY, *SLOW_PHASES, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"
-    with start_script("main.py", *options, "runtime.num_workers=2") as process:
+    with start_script("tests/faults/talkative_main.py", *options, "runtime.num_workers=2") as process:
         wait_for(process, phase)
         time.sleep(random.Random(f"{name} {phase}").uniform(0, 0.5))
         sent = time.perf_counter()
