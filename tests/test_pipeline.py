@@ -147,6 +147,7 @@ def test_every_file_runs_exactly_the_right_stages(repository):
     }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_importing_the_package_changes_nothing(repository):
     command("python", "-c", "import modeling.run.objects, modeling.datasets.preparation", cwd=repository)
@@ -154,6 +155,7 @@ def test_importing_the_package_changes_nothing(repository):
     assert "Data and pipelines are up to date" in command("dvc", "repro", cwd=repository)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_check_of_the_lock_passes_exactly_if_nothing_would_run(repository):
     words = (*MAKE, "check-lock")

@@ -78,6 +78,7 @@ def test_what_a_user_does_not_name_is_the_repositorys(monkeypatch, tmp_path):
     assert default_data(tmp_path) == tmp_path
 
 
+@pytest.mark.long
 def test_the_linear_denoiser_needs_no_checkpoint(tiny_data, compose_config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     losses = {}

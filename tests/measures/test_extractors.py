@@ -46,6 +46,7 @@ def inception_weights(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_inceptions_features_are_those_of_torch_fidelity(inception_weights):
     found = extract_features(load_inception(inception_weights), IMAGES)
