@@ -69,7 +69,7 @@ class Kills:
 @pytest.mark.parametrize(
     ("num_kills", "checkpoint_every", "num_workers"),
     [
-        (3, 3, 0),
+        (2, 3, 0),
         pytest.param(30, 1, 0, marks=pytest.mark.long),
         pytest.param(30, 5, 2, marks=pytest.mark.long),
         pytest.param(40, 2, 0, marks=pytest.mark.long),
