@@ -52,5 +52,6 @@ def progress_bar(iterable=None, **options) -> tqdm:
     options |= {"leave": True, "position": 0}  # lines: nothing to erase, no cursor to move
     lines = _Lines(sys.stderr)
     options |= {"mininterval": LOG_INTERVAL_SECONDS, "delay": delay, "bar_format": "{l_bar} " + TIMES}
+    options["miniters"] = 1  # the interval alone decides; else tqdm's monitor thread adds lines of its own after 10 s
     lines.bar = tqdm(iterable, file=lines, **options)
     return lines.bar

@@ -44,6 +44,17 @@ def test_lines_of_a_log_have_the_clock_and_become_rare(monkeypatch):
         assert line[19:].startswith(" training:   0%| 0/4 [")
 
 
+def test_the_thread_of_tqdm_adds_no_lines_to_a_log(monkeypatch):
+    """It redraws bars that look at the clock only every so many steps, and are silent for longer than 10 s."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(progress, "LOG_INTERVAL_SECONDS", 0.01)
+    with progress_bar(total=2000, desc="training") as bar:
+        time.sleep(0.02)
+        bar.update(1000)  # writes a line, after which tqdm would adapt `miniters` to the speed
+        assert bar.last_print_n == 1000
+        assert bar.miniters <= 1
+
+
 def test_a_short_bar_that_does_not_stay_is_silent_in_a_log(monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
