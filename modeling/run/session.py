@@ -159,9 +159,8 @@ def _carry_out(run: Run) -> None:
         inputs = save_grid(images, folder / "samples" / "inputs.png")
         tracker.image(0, "inputs", inputs)
         training.fit()
-        values = config.model_dump()
-        for section, key in (("runtime", "name"), ("runtime", "output_dir"), ("wandb", "name")):
-            values[section][key] = None  # equal runs in two folders: equal files
+        # Equal runs in two folders give equal files, and a user's notes do not travel with the weights.
+        values = config.model_dump(exclude={"wandb": True, "runtime": {"name", "output_dir"}})
         export_weights(folder / "model.safetensors", run.ema.module, values)
         run.measure(tracker)
     except FloatingPointError as error:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 import main
-from tests.helpers import TINY, equal, run_script
+from tests.helpers import TINY, run_script
 from tests.run.wandb_file import read_wandb
 from tests.run.wandb_process import GAVE_UP, run_tracked, start_wandb
 from tests.run.wandb_server import CREDENTIALS, KEY
@@ -107,13 +106,17 @@ def test_a_wandb_process_that_hangs_delays_the_end_at_most(tmp_path, fake_wandb)
 def test_a_run_that_wandb_fails_is_the_run_without_it(tiny, tiny_data, fake_wandb):
     main.main(tiny("runtime.output_dir=disabled"))
     server = fake_wandb(dies=True)
-    overrides = f"dataset.root={tiny_data}", "wandb.mode=online", f"runtime.output_dir={Path('online').resolve()}"
+    overrides = (
+        f"dataset.root={tiny_data}",
+        "wandb.mode=online",
+        "wandb.notes=private",
+        f"runtime.output_dir={Path('online').resolve()}",
+    )
     done = run_script("main.py", *TINY, *overrides, env={"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(GAVE_UP) == 1
     assert "Traceback" not in done.stderr
 
-    assert equal(load_file("online/model.safetensors"), load_file("disabled/model.safetensors"))
     machine = {"images_per_second": 0, "seconds": 0, "memory_bytes": 0}  # differs from run to run
     first, second = (
         [json.loads(line) | machine for line in Path(mode, "metrics.jsonl").read_text().splitlines()]
@@ -123,7 +126,8 @@ def test_a_run_that_wandb_fails_is_the_run_without_it(tiny, tiny_data, fake_wand
     assert len(first) == 3
     grids = [path.relative_to("online") for path in Path("online/samples").rglob("*.png")]
     assert len(grids) == 5
-    assert all(Path("online", grid).read_bytes() == Path("disabled", grid).read_bytes() for grid in grids)
+    for name in (*grids, "model.safetensors"):  # the weights say nothing of W&B
+        assert Path("online", name).read_bytes() == Path("disabled", name).read_bytes()
 
 
 # ---- a resumed run
