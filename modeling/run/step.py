@@ -81,14 +81,13 @@ class Step:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.state.step)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         gradients = gradients_of(self.model)
         loss = self.processes.add_up(loss, gradients)
         if self.loss_scale is not None:
             self.loss_scale.unscale(gradients)
         grad_norm = torch.nn.utils.get_total_norm(gradients)
         if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, grad_norm)
         is_skipped = ~torch.isfinite(loss + grad_norm)
         if loss.device.type == "cuda":
             self._update_on_device(is_skipped)
