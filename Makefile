@@ -80,7 +80,7 @@ check: .venv/dev ## style, types and spelling
 	$(BIN)/basedpyright
 	$(BIN)/codespell
 
-configuration: .venv/dev ## write docs/configuration.md: every key, from modeling/config.py and modeling/options.py
+configuration: .venv/dev ## write docs/configuration.md: every key, from modeling/sections.py and modeling/options.py
 	$(BIN)/python -m tests.configuration_page
 
 check-lock: .venv/installed $(WITHOUT_GIT) ## dvc.lock is true: code and values are those of the recorded run (needs no data)

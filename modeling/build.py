@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling import IMAGE_CHANNELS
-from modeling.config import Config, Diffusion, Machine, Model, Optimizer, Trained
+from modeling.config import Config, Trained
 from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
@@ -25,6 +25,7 @@ from modeling.runtime import (
     warn_if_busy,
 )
 from modeling.schedules import cosine_betas, linear_betas
+from modeling.sections import Diffusion, Machine, Model, Optimizer
 from modeling.seeding import Purpose, derive_seed
 from modeling.system.errors import UserError
 from modeling.unet import UnetModel

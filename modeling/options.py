@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from modeling.config import Config, HiddenSize, Machine
+from modeling.config import Config
+from modeling.sections import HiddenSize, Machine
 from modeling.system.errors import UserError
 from modeling.system.files import check_writable
 from modeling.system.overrides import known_keys, nearest

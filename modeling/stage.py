@@ -7,7 +7,8 @@ from typing import Any, NotRequired
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on only
 
-from modeling.config import Config, Dataset, parse
+from modeling.config import Config, parse
+from modeling.sections import Dataset
 from modeling.system.errors import UserError
 from modeling.system.overrides import override
 from modeling.system.reading import parse_json, read_yaml, reading

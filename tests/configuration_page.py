@@ -24,7 +24,7 @@ HEAD = """# Configuration
 
 Every key of every script, as `--help` of the script shows it, with the default of `params.yaml` or of `conf/`. It is
 given as `key=value` on the command line ([running.md](running.md#change-values)). The page is written by
-`make configuration` from `modeling/config.py` and `modeling/options.py`.
+`make configuration` from `modeling/sections.py` and `modeling/options.py`.
 """
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from modeling.checkpoint import load_checkpoint
-from modeling.config import Dataset
 from modeling.diffusion import DiffusionModel
+from modeling.sections import Dataset
 from modeling.unet import UnetModel
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ HYDRA_SCRIPTS = {"main", "prepare_data", "sample", "evaluate", "convert", "train
 ALLOWED = {
     "core": {"system"},
     "system": set(),
-    "datasets": {"system", "core.config", "core.stage"},
+    "datasets": {"system", "core.sections", "core.stage"},
     "run": {"system", "core"},
     "measures": {"system", "core"},
     "interchange": {"system", "core"},
@@ -79,7 +79,7 @@ def test_the_network_and_the_diffusion_process_do_not_know_each_other():
     [
         ("hydra", {"command_line"}),
         ("omegaconf", {"command_line", "reading", "config", "stage", "values"}),
-        ("pydantic", {"config", "options", "reading", "values"}),
+        ("pydantic", {"config", "sections", "options", "reading", "values"}),
         ("wandb", {"wandb_tracker"}),
         ("safetensors", {"checkpoint", "pipeline", "reading"}),
         ("torch_fidelity", {"extractors", "distances"}),

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from modeling.build import build_learning_rate
-from modeling.config import Optimizer
 from modeling.data import Batches
 from modeling.datasets.shapes import draw_shapes
 from modeling.ddpm_unet import DdpmUnet
@@ -16,6 +15,7 @@ from modeling.diffusion import DiffusionModel
 from modeling.ema import Ema
 from modeling.heldout import denoising_loss
 from modeling.runtime import place
+from modeling.sections import Optimizer
 from modeling.unet import UnetModel
 from tests.helpers import needs_compiler
 from tests.run.recorder import run

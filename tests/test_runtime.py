@@ -10,7 +10,7 @@ import torch
 
 from modeling import build, runtime
 from modeling.build import build_runtime
-from modeling.config import Machine, parse
+from modeling.config import parse
 from modeling.runtime import (
     autocast,
     available_cpus,
@@ -24,6 +24,7 @@ from modeling.runtime import (
     resolve_precision,
     warn_if_busy,
 )
+from modeling.sections import Machine
 from modeling.system.errors import UserError
 from tests.helpers import ROOT
 

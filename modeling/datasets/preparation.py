@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from modeling.config import Dataset
 from modeling.datasets.cifar10 import load_cifar10
 from modeling.datasets.pictures import load_pictures, sha256_of_pictures
 from modeling.datasets.shapes import draw_shapes
+from modeling.sections import Dataset
 from modeling.stage import Facts, Manifest, load_manifest, repository
 from modeling.system.errors import UserError
 from modeling.system.files import locked, npy_bytes, sha256_of, write_atomically

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from modeling.config import Wandb
+from modeling.sections import Wandb
 
 # Upper bounds on how long W&B may delay the start and the end of a run. W&B's own timeout is OWN_SHARE of each; after
 # WAIT_SHARE its process is killed.

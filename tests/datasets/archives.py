@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling.config import Dataset
 from modeling.datasets import cifar10
+from modeling.sections import Dataset
 from tests.helpers import dataset
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modeling.config import Dataset
+from modeling.sections import Dataset
 from tests.helpers import dataset
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling.config import Dataset
 from modeling.datasets import preparation
 from modeling.datasets.preparation import prepare
+from modeling.sections import Dataset
 from modeling.system.errors import UserError
 from tests.helpers import dataset, inject
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from modeling.config import Wandb
 from modeling.run import wandb_tracker
 from modeling.run.records import JsonLines, Tracker
 from modeling.run.wandb_tracker import WandbTracker
+from modeling.sections import Wandb
 from tests.helpers import ROOT, clean_environment
 from tests.run.wandb_server import CREDENTIALS, KEY
 
