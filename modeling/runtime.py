@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.system.errors import UserError
-from modeling.system.process import available_cpus
+from modeling.system.startup import available_cpus
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 BUSY_SECONDS = 0.1  # for which the machine is watched before the start

@@ -19,6 +19,7 @@ from modeling.images import save_grid
 from modeling.layers import half_copies
 from modeling.runtime import DTYPES, autocast
 from modeling.system.progress import progress_bar
+from modeling.system.shares import first_half
 
 
 def backward(
@@ -96,11 +97,6 @@ def _call(model: DiffusionModel, x_0: Tensor, precision: str, **options: Tensor 
 def gradients_of(model: nn.Module) -> list[Tensor]:
     """The gradients that there are, in the order of the parameters."""
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
-def first_half(count: int) -> int:
-    """How many of these things, two at least, are in the first half of the binary tree: a power of two."""
-    return 1 << (count - 1).bit_length() - 1
 
 
 def train_step(model: DiffusionModel, inputs: Tensor, optimizer: Optimizer, device: torch.device | str) -> Tensor:

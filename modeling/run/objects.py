@@ -18,7 +18,6 @@ from modeling.heldout import denoising_loss
 from modeling.run.bookkeeping import Bookkeeping, TrainState
 from modeling.run.folder import RunFolder, describe_state
 from modeling.run.identity import ROOT, describe_differences, differences
-from modeling.run.processes import ALONE, Processes
 from modeling.run.records import Tracker, write_csv
 from modeling.run.step import Step
 from modeling.runtime import peak_memory_bytes, place, resolve_micro_batch_size
@@ -26,6 +25,7 @@ from modeling.samplers import Sampler, sample_images
 from modeling.stage import Manifest
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of, write_json
+from modeling.system.processes import ALONE, Processes
 from modeling.system.progress import progress_bar
 from modeling.system.reading import read_yaml
 from modeling.training import generate_samples

@@ -27,11 +27,11 @@ from modeling.run.identity import (
 )
 from modeling.run.loop import Training
 from modeling.run.objects import Run
-from modeling.run.processes import joined
 from modeling.run.records import build_tracker
 from modeling.stage import Manifest, repository
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
+from modeling.system.processes import joined
 from modeling.system.signals import Stopped
 
 ARTEFACTS = (

@@ -13,8 +13,8 @@ from modeling.ema import Ema
 from modeling.images import to_model_range
 from modeling.run.bookkeeping import TrainState
 from modeling.run.loss_scale import LossScale
-from modeling.run.processes import ALONE, Processes
 from modeling.seeding import Purpose, derive_seed, draw_integers, draw_normal
+from modeling.system.processes import ALONE, Processes
 from modeling.training import backward, gradients_of
 
 

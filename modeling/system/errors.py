@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from modeling.system.credentials import masked
-from modeling.system.process import prepare_process
+from modeling.system.startup import prepare_process
 
 
 class UserError(ValueError):

@@ -18,8 +18,8 @@ from typing import TextIO
 
 from modeling.system.credentials import masked
 from modeling.system.errors import Failed, UserError
-from modeling.system.process import available_cpus, prepare_process
 from modeling.system.signals import SECOND_CTRL_C_SECONDS, STOPPING, Stopped, stopping_on_signals
+from modeling.system.startup import available_cpus, prepare_process
 
 MOST_FAILED = 125  # as an exit code: shells use those above
 

@@ -3,8 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -12,34 +11,13 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from modeling.system.errors import Failed, UserError
+from modeling.system.shares import Share, share_of, sum_as_tree
 from modeling.system.signals import STOPPING, Stopped, uninterrupted
-from modeling.training import first_half
 
 JOIN_SECONDS = 300  # for all processes to start
 WAIT_SECONDS, NUM_WAITS = 1, 45  # for a step of the others; many short waits: one is over at once after a suspension
 SAY_SECONDS = 2  # in which those that are alive have said so, once one has failed
 GOING_ON = 0  # a process's word at an agreement; another one is 1 + the exit code that it ends with
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one process computes of each batch, which is cut into parts of nearly the same size."""
-
-    rows: range  # of the batch
-    parts: range  # by their place in the batch
-
-
-def _start(count: int, num_runs: int, run: int) -> int:
-    """Where a run begins if so many things are cut into contiguous runs, as `Tensor.tensor_split` does."""
-    return run * (count // num_runs) + min(run, count % num_runs)
-
-
-def sum_as_tree(terms: Sequence[Tensor]) -> Tensor:
-    """The sum, as a binary tree over the terms' places: the bits do not depend on who has computed which subtree."""
-    if len(terms) == 1:
-        return terms[0]
-    half = first_half(len(terms))
-    return sum_as_tree(terms[:half]) + sum_as_tree(terms[half:])
 
 
 class Processes:
@@ -71,9 +49,7 @@ class Processes:
             raise UserError(
                 f"train.batch_size={batch_size}: it is shared by {self.count} processes, expected an image for each"
             )
-        num_parts = max(self.count, -(-batch_size // (micro_batch_size or batch_size)))
-        parts = range(_start(num_parts, self.count, self.rank), _start(num_parts, self.count, self.rank + 1))
-        return Share(range(*(_start(batch_size, num_parts, place) for place in (parts.start, parts.stop))), parts)
+        return share_of(self.rank, self.count, batch_size, micro_batch_size)
 
     def use(self, device: torch.device) -> None:
         """Takes this process's GPU, if the device is one.

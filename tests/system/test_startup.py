@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from modeling.system.process import SPIN_COUNT, prepare_process
 from modeling.system.progress import progress_bar
+from modeling.system.startup import SPIN_COUNT, prepare_process
 from tests.helpers import ROOT
 
 WORK = """
