@@ -4,13 +4,25 @@ import os
 import shutil
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch reads it: the tests of several processes share the CPUs
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
 from modeling.config import parse, to_yaml
+from modeling.system.startup import available_cpus
 from tests.helpers import ROOT, TINY, dataset, run_script
 from tests.pipeline import command
+
+MAX_WORKERS = 8  # each holds torch, half a gigabyte
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A process for each CPU where the whole suite runs; none for one file, one suite of its own, or a debugger."""
+    is_whole = config.args_source is config.ArgsSource.TESTPATHS and config.getoption("markexpr").startswith("not ")
+    return min(available_cpus(), MAX_WORKERS) if is_whole and not config.getoption("usepdb") else 0
 
 
 @pytest.fixture(autouse=True)
