@@ -14,7 +14,7 @@ from modeling.system.errors import UserError
 FIXED = {
     "act_fn": ("silu", "silu"),
     "add_attention": (True, True),
-    "attention_head_dim": (None, 8),  # null: one head
+    "attention_head_dim": (None, 8),  # null: one head, as the width of every attention is, too
     "attn_norm_num_groups": (None, None),  # null: norm_num_groups
     "center_input_sample": (False, False),
     "class_embed_type": (None, None),
@@ -85,8 +85,17 @@ def unet_config(
     }
 
 
+def image_shape(config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Channels, height and width of the images that a UNet2DModel was trained on; a value may be anything in a file."""
+    size = config.get("sample_size")
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    return config.get("in_channels"), height, width
+
+
 def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the `DdpmUnet` that is the UNet2DModel of this config: the inverse of `unet_config`.
+
+    Of a `sample_size` of two numbers it takes the height, to which the resolutions of attention refer.
 
     Raises:
         UserError: if there is none, with the key, its value and what was expected.
@@ -107,18 +116,26 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     dropout = config.get("dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise UserError(f"dropout must be in [0, 1), got {dropout}")
-    image_size = integer("sample_size", 1 << 16)
+    _, height, _ = image_shape(config)
+    config = {**config, "sample_size": height}
+    integer("sample_size", 1 << 16)
     names = config.get("down_block_types")  # compared below, like their number
-    levels = zip(range(len(widths)), names if isinstance(names, list | tuple) else (), strict=False)
+    attended = [
+        level
+        for level, name in zip(range(len(widths)), names if isinstance(names, list | tuple) else (), strict=False)
+        if name == "AttnDownBlock2D"
+    ]
+    if all(widths[level] == config.get("attention_head_dim") for level in (*attended, -1)):  # the middle has it, too
+        config["attention_head_dim"] = None
     arguments = {
         "in_channels": integer("in_channels", 1 << 16),
         "out_channels": integer("out_channels", 1 << 16),
         "hidden_size": widths[0],
         "multipliers": [width // widths[0] for width in widths],
         "num_blocks": integer("layers_per_block", 100),
-        "attention_resolutions": [image_size // 2**level for level, name in levels if name == "AttnDownBlock2D"],
+        "attention_resolutions": [height // 2**level for level in attended],
         "dropout": float(dropout),
-        "image_size": image_size,
+        "image_size": height,
     }
     expected = unet_config(**arguments)
     for key, value in expected.items():
@@ -169,6 +186,7 @@ def _table(arguments: dict[str, Any]) -> dict[str, tuple[str, torch.Size, torch.
 
 
 def _check_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raises UserError unless these are the weights, float32, of these shapes."""
     for name in sorted(weights.keys() | shapes.keys()):
         found = (weights[name].dtype, tuple(weights[name].shape)) if name in weights else "missing"
         expected = (torch.float32, tuple(shapes[name])) if name in shapes else "nothing of that name"
@@ -199,6 +217,8 @@ def from_diffusers(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The inverse of `to_diffusers`; attention may have the names that it had before diffusers 0.13.
 
+    Weights of half the length (float16, bfloat16) become float32, which changes no number.
+
     Raises:
         UserError: if no `DdpmUnet` is this UNet2DModel, or the weights belong to another one.
     """
@@ -209,6 +229,7 @@ def from_diffusers(
         new = re.sub(
             r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda old: f"{old[1]}{_BEFORE_0_13[old[2]]}.", name
         )
+        weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
         renamed[name if new in weights else new] = weight
     _check_weights(renamed, {theirs: shape for theirs, _, shape in table.values()})
     return arguments, {name: renamed[theirs].reshape(shape) for name, (theirs, shape, _) in table.items()}

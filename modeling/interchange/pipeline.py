@@ -5,20 +5,26 @@ from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on only
 
 from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
-from modeling.checkpoint import CheckpointError, export_weights, load_tensors, load_weights
+from modeling.checkpoint import export_weights, load_tensors, load_weights
 from modeling.config import Config, Trained, parse
-from modeling.interchange.network import from_diffusers, to_diffusers, unet_arguments
+from modeling.interchange.network import from_diffusers, image_shape, to_diffusers, unet_arguments
 from modeling.interchange.scheduler import diffusion_arguments, scheduler_config
+from modeling.sections import Model
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically, write_json
 from modeling.system.reading import read_json, read_safetensors, reading
 
 UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # beside the network's config
+# Beside the network's config, the first that is there: weights, or a list of the files with parts of them.
+WEIGHTS = tuple(
+    f"diffusion_pytorch_model.{suffix}"
+    for suffix in ("safetensors", "safetensors.index.json", "bin", "fp16.safetensors", "fp16.bin")
+)
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")  # one diffusion process, sampled differently
 DIFFUSERS_VERSION = "0.42.1"
-IMAGE = {"in_channels": IMAGE_CHANNELS, "out_channels": IMAGE_CHANNELS, "image_size": IMAGE_SIZE}
 
 
 def _write_config(path: Path, class_name: str, values: dict[str, Any]) -> None:
@@ -40,7 +46,8 @@ def write_pipeline(checkpoint: Path, folder: Path) -> None:
         raise UserError(f"model.name must be ddpm for diffusers, got {config.model.name}")
     process = config.diffusion.model_dump(include={"num_timesteps", "schedule", "betas", "prediction"})
     scheduler = scheduler_config(**process)
-    unet, weights = to_diffusers(config.model.model_dump(exclude={"name"}) | IMAGE, weights)
+    image = {"in_channels": IMAGE_CHANNELS, "out_channels": IMAGE_CHANNELS, "image_size": IMAGE_SIZE}
+    unet, weights = to_diffusers(config.model.model_dump(exclude={"name"}) | image, weights)
 
     write_atomically(folder / Path(UNET).with_name(WEIGHTS[0]), save(weights, metadata={"format": "pt"}))
     _write_config(folder / UNET, "UNet2DModel", unet)
@@ -49,30 +56,57 @@ def write_pipeline(checkpoint: Path, folder: Path) -> None:
     _write_config(folder / INDEX, "DDPMPipeline", parts)  # last: without it the folder is no pipeline
 
 
-def _read_config(folder: Path, name: str, class_name: str) -> tuple[Path, dict[str, Any]]:
+def _read_config(folder: Path, name: str, class_names: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
     """A part's config and its path, in the part's own folder or at the top."""
     paths = [folder / name, folder / Path(name).name]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: there is neither {name} nor {Path(name).name}")
     content = read_json(path, dict[str, Any])
-    if content.get("_class_name") != class_name:
-        raise CheckpointError(f"{path} is not the config of a {class_name}")
+    if (found := content.get("_class_name")) not in class_names:
+        raise UserError(f"{path} must be the config of a {' or '.join(class_names)}, got {found}")
     return path, content
+
+
+class _Index(TypedDict):
+    """Which file beside it has which weight."""
+
+    weight_map: dict[str, str]
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """A state dict, on the CPU; reading it executes nothing."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{folder}: there is neither {' nor '.join(WEIGHTS)}")
-    if path.suffix != ".safetensors":
+        raise FileNotFoundError(f"{folder}: there is none of {', '.join(WEIGHTS)}")
+    if path.suffix == ".bin":
         return load_tensors(path)
-    return read_safetensors(path, "file of weights")[1]
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, "file of weights")[1]
+    parts = read_json(path, _Index)["weight_map"].values()
+    weights = {}
+    for part in sorted(set(parts)):
+        if Path(part).name != part or not part.endswith(".safetensors"):
+            raise UserError(f"{path}: weight_map must name files *.safetensors beside it, got {part}")
+        weights |= read_safetensors(folder / part, "file of weights")[1]
+    return weights
+
+
+def _check_images(unet: dict[str, Any]) -> None:
+    """Raises UserError unless the network is for the images of this project."""
+    expected = IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE
+    if (found := image_shape(unet)) != expected:
+        channels, height, width = found
+        raise UserError(
+            f"in_channels must be {IMAGE_CHANNELS} and sample_size {IMAGE_SIZE}, got {channels} and "
+            f"{height if height == width else [height, width]}"
+        )
+    if (found := unet.get("out_channels")) != IMAGE_CHANNELS:
+        raise UserError(f"out_channels must be {IMAGE_CHANNELS}, got {found}: a learned variance is not supported")
 
 
 def read_pipeline(folder: Path, out: Path, config: Config) -> None:
-    """Writes a DDPMPipeline's folder as our checkpoint.
+    """Writes a DDPMPipeline's or DDIMPipeline's folder as our checkpoint.
 
     Args:
         config: the checkpoint's, except for the model and the diffusion process, which are the folder's.
@@ -81,18 +115,16 @@ def read_pipeline(folder: Path, out: Path, config: Config) -> None:
         FileNotFoundError: if a file of the pipeline is missing.
         UserError: if one is damaged, or we do not have its network or diffusion process.
     """
-    path, unet = _read_config(folder, UNET, "UNet2DModel")
-    scheduler_path, scheduler = _read_config(folder, SCHEDULER, "DDPMScheduler")
+    path, unet = _read_config(folder, UNET, ("UNet2DModel",))
     values = config.model_dump()
+    with reading(path, "network of this project"):
+        _check_images(unet)  # first: what else a network for other images has is not the reason
+        arguments = unet_arguments(unet)
+        values["model"] = {"name": "ddpm", **{key: arguments[key] for key in Model.model_fields if key in arguments}}
+        parse(values, Trained)
+    scheduler_path, scheduler = _read_config(folder, SCHEDULER, SCHEDULERS)
     with reading(scheduler_path, "diffusion process of this project"):
         values["diffusion"] |= diffusion_arguments(scheduler)
-        parse(values, Config)
-    with reading(path, "network of this project"):
-        arguments = unet_arguments(unet)
-        for key, expected in IMAGE.items():
-            if (found := arguments.pop(key)) != expected:
-                raise UserError(f"{key} must be {expected}, got {found}")
-        values["model"] = {"name": "ddpm", **arguments}
         trained = parse(values, Trained)
     _, weights = from_diffusers(unet, _read_weights(path.parent))
     export_weights(out, build.build_trained_model(trained, weights).eps_model, values)

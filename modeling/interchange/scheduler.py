@@ -19,7 +19,7 @@ _PROCESS: dict[str, tuple[str, dict]] = {
 def scheduler_config(
     num_timesteps: int, schedule: str, betas: Sequence[float] | None, prediction: str
 ) -> dict[str, Any]:
-    """The config of the DDPMScheduler that is this diffusion process, sampled as by Ho et al.
+    """The config of the DDPMScheduler that is this diffusion process, sampled as `sample.py` does by default.
 
     Args:
         num_timesteps: T, 1000.
@@ -31,7 +31,9 @@ def scheduler_config(
         UserError: for anything else.
     """
     given = {"num_timesteps": num_timesteps, "schedule": schedule, "prediction": prediction}
-    config = {"variance_type": "fixed_large", "clip_sample": True}
+    # Trailing is ours, T i/n; their default begins below T, where x_t is no pure noise. After the last step it needs
+    # fixed_small: of the other variance diffusers adds noise in every step except one at its timestep 0.
+    config = {"variance_type": "fixed_small", "clip_sample": True, "timestep_spacing": "trailing"}
     for name, (key, known) in _PROCESS.items():
         if given[name] not in known:
             raise UserError(f"{name} must be one of {list(known)} for diffusers, got {given[name]!r}")
@@ -44,7 +46,7 @@ def scheduler_config(
 
 
 def diffusion_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """num_timesteps, schedule, betas and prediction of a DDPMScheduler's config, however it samples.
+    """num_timesteps, schedule, betas and prediction of a DDPM- or DDIMScheduler's config, however it samples.
 
     Raises:
         UserError: if we do not have this process, with the key, its value and what was expected.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling.ddpm_unet import DdpmUnet
-from modeling.interchange.network import FIXED, from_diffusers, to_diffusers, unet_config
+from modeling.interchange.network import FIXED, from_diffusers, image_shape, to_diffusers, unet_config
 from modeling.interchange.scheduler import diffusion_arguments
 from modeling.system.errors import UserError
 from tests.helpers import equal
@@ -74,6 +74,21 @@ def test_the_papers_network_is_the_published_one():
     assert from_diffusers(PUBLISHED, weights)[0] == PAPER | {"dropout": 0.0}
 
 
+def test_a_head_as_wide_as_every_attention_is_one_head(diffusers):
+    config, weights = to_diffusers(PAPER, network("paper").state_dict())
+    wide = config | {"attention_head_dim": 256}
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DModel(**wide)
+    assert {layer.heads for layer in theirs.modules() if hasattr(layer, "heads")} == {1}
+    assert from_diffusers(wide, weights)[0] == PAPER
+
+
+def test_of_two_sides_the_height_is_what_attention_refers_to():
+    config, weights = to_diffusers(PAPER, network("paper").state_dict())
+    assert from_diffusers(config | {"sample_size": [32, 48]}, weights)[0] == PAPER
+    assert image_shape(config | {"sample_size": [32, 48]}) == (3, 32, 48)
+
+
 def test_dropout_is_kept(diffusers):
     config, _ = to_diffusers(PAPER, network("paper").state_dict())
     with torch.device("meta"):
@@ -103,8 +118,8 @@ def test_a_missing_key_means_what_it_means_to_diffusers(diffusers):
     assert {key: parameters[key].default for key in FIXED} == {key: default for key, (_, default) in FIXED.items()}
     assert parameters.keys() == unet_config(3, 3).keys()
     assert parameters["dropout"].default == 0
-    scheduler = diffusers.DDPMScheduler().config
-    assert diffusion_arguments({}) == diffusion_arguments(scheduler)
+    for scheduler in (diffusers.DDPMScheduler(), diffusers.DDIMScheduler()):
+        assert diffusion_arguments({}) == diffusion_arguments(scheduler.config)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +158,8 @@ def test_every_key_that_changes_the_function_is_rejected(key):
         ({"block_out_channels": [128, 256, 256]}, "down_block_types must be .*, got "),
         ({"layers_per_block": 10**9}, "layers_per_block must be an integer from 1 to 100, got 1000000000"),
         ({"layers_per_block": True}, "layers_per_block must be an integer from 1 to 100, got True"),
-        ({"sample_size": [32, 32]}, r"sample_size must be an integer .*, got \[32, 32\]"),
+        ({"sample_size": [32]}, r"sample_size must be an integer .*, got \[32\]"),
+        ({"attention_head_dim": 128}, "attention_head_dim must be None, got 128"),
         ({"sample_size": ...}, "sample_size must be an integer .*, got None"),
         ({"dropout": 1}, r"dropout must be in \[0, 1\), got 1"),
         ({"dropout": math.nan}, r"dropout must be in \[0, 1\), got nan"),
@@ -166,7 +182,7 @@ def test_weights_of_another_network_are_rejected():
     attention = "mid_block.attentions.0.to_q.weight"
     for changes, message in (
         ({attention: converted[attention].flatten()}, rf"{attention} is \(torch.float32, \(16384,\)\), expected"),
-        ({attention: converted[attention].half()}, rf"{attention} is \(torch.float16, \(128, 128\)\), expected"),
+        ({attention: converted[attention].double()}, rf"{attention} is \(torch.float64, \(128, 128\)\), expected"),
         ({attention.replace("to_q", "query"): converted[attention]}, "query.weight is .*, expected nothing of that"),
     ):
         with pytest.raises(UserError, match=message):

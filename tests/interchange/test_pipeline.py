@@ -72,7 +72,9 @@ def test_an_exported_run_is_a_pipeline_and_comes_back_to_the_bit(diffusers, call
         step = pipeline.scheduler.step(output, timestep - 1, x, generator=torch.Generator().manual_seed(0))
         z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
         mean = ours.p_mean(x, timestep, clip_x0=True)
-    torch.testing.assert_close(step.prev_sample, mean + ours.p_variance(timestep) ** 0.5 * z, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        step.prev_sample, mean + ours.p_variance(timestep, "small") ** 0.5 * z, atol=1e-4, rtol=0
+    )
 
     call("checkpoint=exported", "out=back.safetensors")
     values, weights = load_weights("back.safetensors")
@@ -104,7 +106,7 @@ def test_a_file_that_is_no_state_dict_is_rejected_and_executes_nothing(exported,
     file.write_text("version https://git-lfs.github.com/spec/v1")
     assert "diffusion_pytorch_model.safetensors is no file of weights, or damaged" in error_of(*convert_back)
     file.unlink()
-    assert "there is neither diffusion_pytorch_model.safetensors nor" in error_of(*convert_back)
+    assert "there is none of diffusion_pytorch_model.safetensors, " in error_of(*convert_back)
     for content, message in (
         ({"a": Payload(tmp_path / "canary")}, "holds more than tensors and plain values"),
         ({"a": 1}, "holds more than named tensors"),
@@ -117,17 +119,53 @@ def test_a_file_that_is_no_state_dict_is_rejected_and_executes_nothing(exported,
     assert not (tmp_path / "back.safetensors").exists()
 
 
+def test_weights_in_parts_or_of_half_length_are_read(diffusers, exported, call, error_of):
+    convert_back = ("checkpoint=exported", "out=back.safetensors", "overwrite=true")
+    file, expected = exported / "unet" / "diffusion_pytorch_model.safetensors", dict(network("tiny").state_dict())
+    theirs = diffusers.UNet2DModel.from_pretrained(file.parent)
+    theirs.save_pretrained(file.parent, max_shard_size="2MB")
+    file.unlink()
+    parts = sorted(file.parent.glob("diffusion_pytorch_model-*.safetensors"))
+    assert len(parts) > 1
+    call(*convert_back)
+    assert equal(load_weights("back.safetensors")[1], expected)
+    parts[1].rename("elsewhere.safetensors")
+    assert error_of(*convert_back) == f"{parts[1]}: No such file or directory\n"
+    index = file.with_name("diffusion_pytorch_model.safetensors.index.json")
+    edit(index, weight_map={"a": "../../elsewhere.safetensors"})
+    assert "weight_map must name files *.safetensors beside it, got ../../else" in error_of(*convert_back)
+    index.unlink()
+    theirs.half().save_pretrained(file.parent, variant="fp16")
+    call(*convert_back)
+    halves = {name: weight.half().float() for name, weight in expected.items()}
+    assert equal(load_weights("back.safetensors")[1], halves)
+
+
+def test_a_folder_sampled_by_ddim_has_the_same_process(exported, call):
+    edit(exported / SCHEDULER, _class_name="DDIMScheduler", set_alpha_to_one=True)
+    call("checkpoint=exported", "out=back.safetensors")
+    assert load_weights("back.safetensors")[0] == load_weights("model.safetensors")[0]
+
+
 def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_folder_that_is_another_pipeline_is_rejected(exported, error_of):
     unet, scheduler = exported / UNET, exported / SCHEDULER
+    other, own = {"attention_head_dim": 64, "norm_eps": 1e-5}, {"attention_head_dim": None, "norm_eps": 1e-6}
     for path, changes, restored, message in (
-        (unet, {"sample_size": 64}, {"sample_size": 32}, "config.json is no network .*image_size must be 32, got 64"),
+        (
+            unet,
+            {"sample_size": 64} | other,
+            {"sample_size": 32} | own,
+            "in_channels must be 3 and sample_size 32, got 3 and 64",
+        ),
+        (unet, {"sample_size": [32, 48]}, {"sample_size": [32, 32]}, r"sample_size 32, got 3 and \[32, 48\]"),
+        (unet, {"out_channels": 6}, {"out_channels": 3}, "out_channels must be 3, got 6: a learned variance is not"),
         (unet, {"freq_shift": 0}, {"freq_shift": 1}, "freq_shift must be 1, got 0"),
         (scheduler, {"beta_start": 0.5}, {"beta_start": 1e-4}, "diffusion: betas must satisfy .* got"),
-        (scheduler, {"_class_name": "Other"}, {"_class_name": "DDPMScheduler"}, "not the config of a DDPMScheduler"),
+        (scheduler, {"_class_name": "Other"}, {}, "config of a DDPMScheduler or DDIMScheduler, got Other"),
     ):
         edit(path, **changes)
         assert re.search(message, error_of("checkpoint=exported", "out=back.safetensors"))

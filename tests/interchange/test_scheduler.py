@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from modeling.diffusion import PREDICTIONS, DiffusionModel
 from modeling.interchange.scheduler import diffusion_arguments, scheduler_config
+from modeling.samplers import Sampler, respaced_timesteps, sample
 from modeling.schedules import cosine_betas, linear_betas, schedule_tables
 from modeling.system.errors import UserError
 from tests.helpers import Lambda
@@ -14,7 +16,7 @@ PROCESSES = {"linear": ([2e-4, 0.03], linear_betas(2e-4, 0.03, 1000)), "cosine":
 
 @pytest.mark.parametrize("schedule", PROCESSES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_step_of_the_scheduler_is_ours_with_the_large_variance(diffusers, schedule, prediction):
+def test_a_step_of_the_scheduler_is_ours_with_the_small_variance(diffusers, schedule, prediction):
     betas, table = PROCESSES[schedule]
     scheduler = diffusers.DDPMScheduler.from_config(scheduler_config(1000, schedule, betas, prediction))
     torch.testing.assert_close(
@@ -29,8 +31,31 @@ def test_a_step_of_the_scheduler_is_ours_with_the_large_variance(diffusers, sche
         found = model.p_mean(x, timestep, clip_x0=True)
         if timestep > 1:
             z = torch.randn(x.shape, generator=generator.manual_seed(timestep))
-            found = found + model.p_variance(timestep, "large") ** 0.5 * z
+            found = found + model.p_variance(timestep, "small") ** 0.5 * z
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+def test_an_exported_scheduler_samples_as_we_do_at_our_timesteps(diffusers, num_steps):
+    betas, table = PROCESSES["linear"]
+    config = scheduler_config(1000, "linear", betas, "eps")
+    for kind in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
+        scheduler = kind.from_config(config)
+        scheduler.set_timesteps(num_steps)
+        assert [timestep + 1 for timestep in scheduler.timesteps.tolist()] == respaced_timesteps(1000, num_steps)
+    scheduler = diffusers.DDPMScheduler.from_config(config)
+    scheduler.set_timesteps(num_steps)
+    model = DiffusionModel(Lambda(lambda x, t: torch.tanh(x)), table, 1000)
+    x, generator = torch.randn(2, 3, 8, 8), torch.Generator().manual_seed(1)
+    start, noise = x, torch.Generator().manual_seed(1)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(x), timestep, x, generator=generator).prev_sample
+
+    def draw(timestep: int) -> Tensor:
+        return start if timestep == 0 else torch.randn(x.shape, generator=noise)
+
+    found = sample(model, 2, (3, 8, 8), "cpu", Sampler(num_steps=num_steps), noise=draw)
+    torch.testing.assert_close(found, x, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("schedule", PROCESSES)
