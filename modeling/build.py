@@ -110,9 +110,14 @@ def build_learning_rate(section: Optimizer, last_step: int) -> Callable[[int], f
 
 
 def build_batches(config: Config, images: Tensor, device: torch.device, rows: range | None = None) -> Batches:
-    """Builds these rows of the run's batches of images (N, 3, H, W) uint8; on a GPU, unless workers make them."""
+    """Builds these rows of the run's batches of images (N, C, H, W) uint8.
+
+    They are made on a GPU that has room for the images in half of its free memory, unless workers make them.
+    """
     if device.type == "cuda" and config.runtime.num_workers == 0:
-        images = images.to(device)  # 154 MB for CIFAR-10
+        free, _ = torch.cuda.mem_get_info(device)
+        if images.nbytes <= free // 2:
+            images = images.to(device)  # 154 MB for CIFAR-10
     return Batches(images, config.train.batch_size, config.seed, config.train.random_flip, rows)
 
 

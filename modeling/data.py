@@ -1,6 +1,7 @@
 """Prepared uint8 arrays become training batches; a batch is a function of (seed, step)."""
 
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from modeling.seeding import Purpose, draw_integers, draw_permutation
 from modeling.system.errors import UserError
-from modeling.system.files import naming, sha256_of
+from modeling.system.files import naming, sampled_sha256_of, sha256_of
 from modeling.system.reading import read_array
 
 if TYPE_CHECKING:  # its module imports OmegaConf, which training does not need
@@ -107,7 +108,9 @@ class Batches(Dataset):
 
 
 def load_images(folder: str | Path, split: str, manifest: "Manifest") -> Tensor:
-    """Loads the images of a split into memory.
+    """The images of a split, which stay in their file: read when they are used, shared by all processes, never written.
+
+    A file is verified by its SHA-256; a large one, which `prepare_data.py` verifies, by `sampled_sha256_of`.
 
     Args:
         folder: where `prepare_data.py` wrote them.
@@ -115,7 +118,7 @@ def load_images(folder: str | Path, split: str, manifest: "Manifest") -> Tensor:
         manifest: the one in that folder.
 
     Returns:
-        (N, 3, H, W) uint8.
+        (N, C, H, W) uint8.
 
     Raises:
         UserError: if the array is missing or is not the one that was prepared.
@@ -124,6 +127,12 @@ def load_images(folder: str | Path, split: str, manifest: "Manifest") -> Tensor:
     remedy = "run prepare_data.py again"
     if not path.is_file():
         raise UserError(f"{path} is missing: {remedy}")
-    if sha256_of(path) != manifest["files"][path.name]["sha256"]:
+    facts = manifest["files"][path.name]
+    sampled = facts.get("sampled_sha256")
+    is_same = sha256_of(path) == facts["sha256"] if sampled is None else sampled_sha256_of(path) == sampled
+    if not is_same:
         raise UserError(f"{path} has changed since it was prepared: {remedy}")
-    return torch.from_numpy(read_array(path, remedy))
+    array = read_array(path, remedy, is_mapped=True)
+    with warnings.catch_warnings():  # of an array that cannot be written, which nothing here does
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)

@@ -41,6 +41,7 @@ class FileFacts(TypedDict):
     count: int
     shape: list[int]
     dtype: str
+    sampled_sha256: NotRequired[str]  # of a large file: `sampled_sha256_of`
 
 
 class PictureFacts(TypedDict):

@@ -99,3 +99,15 @@ def test_a_compiled_run_compiles_its_step_and_nothing_else(tiny, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_with(module, backend=counter))
     main.main(tiny("runtime.compile=true", "train.max_steps=3"))
     assert counter.frame_count == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(("free", "kind"), [(4 * 9 * 2, "cuda"), (4 * 9 * 2 - 1, "cpu")])
+def test_images_go_to_a_gpu_that_has_room_for_them(compose_config, monkeypatch, free, kind):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    config, images = parse(compose_config("train.batch_size=2")), torch.zeros(4, 1, 3, 3, dtype=torch.uint8)
+    batches = build.build_batches(config, images, torch.device("cuda"))
+    assert batches.images.device.type == kind
+    (batch,) = batches.loader(range(1), 0, "cuda")
+    assert batch.is_pinned() == (kind == "cpu")

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from modeling import data
 from modeling.data import Batches, load_images
+from modeling.system import files
 from modeling.system.errors import UserError
 from tests.helpers import random_images
 
@@ -70,6 +73,38 @@ def test_loading_verifies_the_bytes(tmp_path, tiny_data):
     np.save(tmp_path / "train.npy", np.zeros((64, 3, 32, 32), np.uint8))
     with pytest.raises(ValueError, match="has changed since it was prepared"):
         load_images(tmp_path, "train", manifest)
+
+
+def test_images_stay_in_their_file_which_nobody_writes(tmp_path, tiny_data):
+    folder = Path(shutil.copytree(tiny_data / "shapes", tmp_path / "shapes"))
+    images = load_images(folder, "train", json.loads((folder / "manifest.json").read_text()))
+    before = images.clone()
+    with (folder / "train.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([255 - int(before[-1, -1, -1, -1])]))
+    assert torch.equal(images[-1] != before[-1], (torch.arange(3 * 32 * 32) == 3 * 32 * 32 - 1).reshape(3, 32, 32))
+
+
+@pytest.mark.fault("damaged file")
+def test_a_large_file_is_verified_by_a_sample_which_finds_what_the_docs_say(tmp_path, monkeypatch, tiny_data):
+    monkeypatch.setattr(files, "_SAMPLE_BYTES", 64)  # of 196,736 bytes: a block every 768
+    path, whole = tmp_path / "train.npy", (tiny_data / "shapes" / "train.npy").read_bytes()
+    path.write_bytes(whole)
+    manifest = json.loads((tiny_data / "shapes" / "manifest.json").read_text())
+    manifest["files"]["train.npy"] |= {"sampled_sha256": files.sampled_sha256_of(path), "sha256": "not computed"}
+
+    def assert_accepted(content: bytes) -> None:
+        path.write_bytes(content)
+        assert len(load_images(tmp_path, "train", manifest)) == 64
+
+    assert_accepted(whole)
+    stretch = len(whole) // files._NUM_SAMPLES
+    inverted = bytes(255 - byte for byte in whole)
+    damaged = [whole[:at] + inverted[at : at + stretch] + whole[at + stretch :] for at in (300, 70_000, 195_000)]
+    for other in (whole[:-1], whole + b"0", bytes(len(whole)), *damaged):
+        with pytest.raises(UserError, match="has changed since it was prepared: run prepare_data.py again"):
+            assert_accepted(other)
+    assert_accepted(whole[:300] + inverted[300:301] + whole[301:])  # which prepare_data.py finds
 
 
 class Stuck(Batches):

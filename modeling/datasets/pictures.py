@@ -8,11 +8,14 @@ import bisect
 import hashlib
 import os
 import re
+import tempfile
 from collections import Counter
-from pathlib import Path, PurePath
+from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 
+from modeling import IMAGE_SIZE
 from modeling.datasets.decoding import read_picture, suffixes
 from modeling.stage import PictureFacts
 from modeling.system.errors import UserError
@@ -25,12 +28,12 @@ _MAX_NAMED = 5  # unusable pictures in an error message
 _MAX_REASONS = 8  # why files were passed over, in a line
 
 
-def find_pictures(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The pictures in a folder at any depth, relative to it, in the order of their names' code points.
+def find_pictures(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The pictures in a folder at any depth, in the order of their names' code points.
 
     Returns:
-        The pictures; and why other things were passed over, which is their suffix or one of hidden, linked file,
-        linked folder, no file, with how many.
+        Their paths, relative to the folder (as text, which takes less memory); and why other things were passed over,
+        which is their suffix or one of hidden, linked file, linked folder, no file, with how many.
 
     Raises:
         UserError: when there is no such folder.
@@ -48,9 +51,9 @@ def find_pictures(folder: Path) -> tuple[list[Path], Counter[str]]:
             if reason := _why_passed_over(path):
                 passed_over[reason] += 1
             elif path.is_file():
-                found.append(path.relative_to(folder))
+                found.append(path.relative_to(folder).as_posix())
         folders[:] = [name for name in folders if not name.startswith(".")]  # links are not followed anyway
-    return sorted(found, key=PurePath.as_posix), passed_over
+    return sorted(found), passed_over
 
 
 def _why_passed_over(path: Path) -> str | None:
@@ -74,13 +77,13 @@ def describe_passed_over(passed_over: Counter[str]) -> str:
     return f"passed over: {found} (pictures are {' '.join(suffixes())}; not hidden, no links)" if found else ""
 
 
-def _line(folder: Path, path: Path) -> bytes:
+def _line(folder: Path, path: str) -> bytes:
     """A picture's part of the digest over all; one that cannot be read has one, too, as it may be left out."""
     try:
         sha256 = sha256_of(folder / path)
     except OSError:
         sha256 = "unreadable"
-    return os.fsencode(f"{sha256} {path.as_posix()}\n")
+    return os.fsencode(f"{sha256} {path}\n")
 
 
 def sha256_of_pictures(folder: Path) -> str:
@@ -95,70 +98,84 @@ def sha256_of_pictures(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def split(images: dict[bytes, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out images: an image's own digest decides, so that adding or removing others does not move it.
+def split(digests: Collection[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Which images are for training and which are held out: an image's own digest decides, and no other image moves it.
 
     About a tenth is held out: at least one image, at most 10,000, never all. Only these bounds can move an image.
 
     Args:
-        images: at least two, under their SHA-256, in the order that both splits keep.
+        digests: SHA-256 of the images, at least two, all different.
+
+    Returns:
+        Their numbers, from 0, ascending.
     """
-    digests = sorted(images)
-    num_test = min(max(bisect.bisect(digests, _TENTH), 1), MAX_TEST_IMAGES, len(digests) - 1)
-    held_out = set(digests[:num_test])
-    train = [image for digest, image in images.items() if digest not in held_out]
-    return np.stack(train), np.stack([image for digest, image in images.items() if digest in held_out])
+    ordered = sorted(digests)
+    num_test = min(max(bisect.bisect(ordered, _TENTH), 1), MAX_TEST_IMAGES, len(ordered) - 1)
+    is_test = np.array([digest <= ordered[num_test - 1] for digest in digests])
+    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
 def load_pictures(
-    folder: Path, unusable_list: Path, *, skip_unusable: bool = False
-) -> tuple[np.ndarray, np.ndarray, PictureFacts]:
+    folder: Path, unusable_list: Path, workspace: Path, *, skip_unusable: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, PictureFacts]:
     """The pictures in a folder, split.
 
     Args:
         unusable_list: this file will list the pictures that cannot be used, and why; there is none if all can be.
+        workspace: a folder for a file without a name, which holds the images.
         skip_unusable: goes on without them.
 
     Returns:
-        Training images and held-out images, (N, 3, 32, 32) uint8, and the facts of the pictures; their `sha256` is
-        that of `sha256_of_pictures`.
+        Images, (N, 3, 32, 32) uint8, which stay in that file; the numbers of those for training and of those held out;
+        and the facts of the pictures, whose `sha256` is that of `sha256_of_pictures`.
 
     Raises:
         UserError: when pictures cannot be used, naming the first ones and why; or fewer than two differ.
         OSError: for a folder in it that cannot be read.
     """
     (paths, passed_over), digest = find_pictures(folder), hashlib.sha256()
-    images, unusable = {}, []
-    for path in progress_bar(paths, desc="reading pictures"):
-        # The digest first: were the file to change in between, it would be noticed the next time.
-        digest.update(_line(folder, path))
-        try:
-            image = read_picture(folder / path)
-        except ValueError as error:
-            unusable.append(f"{path}: {error}")
-        else:
-            images.setdefault(hashlib.sha256(image.tobytes()).digest(), image)
-    if unusable:
-        write_atomically(unusable_list, os.fsencode("\n".join([*unusable, ""])))
-    else:
-        unusable_list.unlink(missing_ok=True)
-    if unusable and not skip_unusable:
-        num_more = len(unusable) - _MAX_NAMED
-        more = [f"and {num_more} more: {unusable_list} lists all"] if num_more > 0 else []
-        head = (
-            f"dataset.pictures={folder}: {len(unusable)} of {len(paths)} pictures cannot be used, remove them or go on "
-            "without them (dataset.skip_unusable=true):"
-        )
-        raise UserError("\n  ".join([head, *unusable[:_MAX_NAMED], *more]))
-    if len(images) < 2:
-        raise UserError(
-            f"dataset.pictures={folder}: {len(paths)} pictures, {len(images)} of them different, at least 2 needed; "
-            f"{describe_passed_over(passed_over)}".removesuffix("; ")
-        )
+    digests, unusable = dict[bytes, None](), []  # of the images, in their order
+    with tempfile.TemporaryFile(dir=workspace) as file:
+        for path in progress_bar(paths, desc="reading pictures"):
+            # The digest first: were the file to change in between, it would be noticed the next time.
+            digest.update(_line(folder, path))
+            try:
+                image = read_picture(folder / path)
+            except ValueError as error:
+                unusable.append(f"{path}: {error}")
+                continue
+            if (key := hashlib.sha256(content := image.tobytes()).digest()) not in digests:
+                digests[key] = None
+                file.write(content)
+        _report_unusable(folder, len(paths), unusable, unusable_list, skip_unusable)
+        if len(digests) < 2:
+            raise UserError(
+                f"dataset.pictures={folder}: {len(paths)} pictures, {len(digests)} of them different, at least 2 "
+                f"needed; {describe_passed_over(passed_over)}".removesuffix("; ")
+            )
+        file.flush()
+        images = np.memmap(file, np.uint8, mode="r").reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
     facts: PictureFacts = {
         "count": len(paths),
         "unusable": len(unusable),
-        "duplicates": len(paths) - len(unusable) - len(images),
+        "duplicates": len(paths) - len(unusable) - len(digests),
         "sha256": digest.hexdigest(),
     }
-    return *split(images), facts
+    return images, *split(digests), facts
+
+
+def _report_unusable(
+    folder: Path, num_pictures: int, unusable: list[str], unusable_list: Path, skip_unusable: bool
+) -> None:
+    if not unusable:
+        unusable_list.unlink(missing_ok=True)
+        return
+    write_atomically(unusable_list, os.fsencode("\n".join([*unusable, ""])))
+    if not skip_unusable:
+        num_more = len(unusable) - _MAX_NAMED
+        more = [f"and {num_more} more: {unusable_list} lists all"] if num_more > 0 else []
+        head = (
+            f"dataset.pictures={folder}: {len(unusable)} of {num_pictures} pictures cannot be used, remove them or go "
+            "on without them (dataset.skip_unusable=true):"
+        )
+        raise UserError("\n  ".join([head, *unusable[:_MAX_NAMED], *more]))

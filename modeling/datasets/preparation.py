@@ -1,14 +1,18 @@
 """Prepares a data set: `train.npy`, `test.npy` (uint8, (N, 3, 32, 32)) and a manifest in one folder, all or nothing.
 
+However many images there are, a few at a time pass through memory (all only of CIFAR-10, whose archive is one piece).
 Separate from `modeling.data`, so that a change of how batches are made does not prepare the data again.
 """
 
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +20,9 @@ from modeling.datasets.cifar10 import load_cifar10
 from modeling.datasets.pictures import load_pictures, sha256_of_pictures
 from modeling.datasets.shapes import draw_shapes
 from modeling.sections import Dataset
-from modeling.stage import Facts, Manifest, load_manifest, repository
+from modeling.stage import Facts, FileFacts, Manifest, load_manifest, repository
 from modeling.system.errors import UserError
-from modeling.system.files import locked, npy_bytes, sha256_of, write_atomically
+from modeling.system.files import fsync, locked, naming, sampled_sha256_of, sha256_of, sync
 from modeling.system.progress import progress_bar
 
 NUM_SHAPES, NUM_TEST_SHAPES = 20_000, 2_000
@@ -28,37 +32,51 @@ SOURCES = {  # where the images come from, not from which disk: the manifest is 
     "folder": "pictures of a folder, each its centre square reduced to 32x32 (Lanczos)",
 }
 _TEST_SHAPES_START = 1 << 30  # shapes far behind any training image of the same seed
+LARGE_BYTES = 1 << 28  # of a file that a training does not read whole to verify it, which takes half a second at most
+CHUNK_BYTES = 1 << 22  # that are written at a time
+
+
+class Images(NamedTuple):
+    """Images that are made when they are written."""
+
+    count: int
+    take: Callable[[int, int], np.ndarray]  # (start, stop) -> images start..stop-1, (stop - start, C, H, W) uint8
 
 
 # ---- the three data sets: training images, test images, and what the manifest says of them beside their source
 
 
-def _load_cifar10(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, Facts]:
+def _load_cifar10(dataset: Dataset) -> tuple[Images, Images, Facts]:
     assert dataset.archive is not None
     assert dataset.urls is not None
     (train, test), _ = load_cifar10(repository() / dataset.archive, dataset.urls)
-    return train, test, {}
+    return (
+        Images(len(train), lambda start, stop: train[start:stop]),
+        Images(len(test), lambda start, stop: test[start:stop]),
+        {},
+    )
 
 
-def _load_shapes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, Facts]:
-    assert dataset.seed is not None
-    num_train = NUM_SHAPES if dataset.num_images is None else dataset.num_images
-    train = _draw_shapes(dataset.seed, 0, num_train, "drawing training images")
-    test = _draw_shapes(dataset.seed, _TEST_SHAPES_START, NUM_TEST_SHAPES, "drawing test images")
-    return train, test, {}
+def _load_shapes(dataset: Dataset) -> tuple[Images, Images, Facts]:
+    seed, num_train = dataset.seed, NUM_SHAPES if dataset.num_images is None else dataset.num_images
+    assert seed is not None
+    return (
+        Images(num_train, lambda start, stop: draw_shapes(seed, start, stop - start)),
+        Images(NUM_TEST_SHAPES, lambda start, stop: draw_shapes(seed, _TEST_SHAPES_START + start, stop - start)),
+        {},
+    )
 
 
-def _draw_shapes(seed: int, first: int, count: int, desc: str) -> np.ndarray:
-    chunk = 250
-    starts = range(first, first + count, chunk)
-    chunks = [draw_shapes(seed, at, min(chunk, first + count - at)) for at in progress_bar(starts, desc=desc)]
-    return np.concatenate(chunks)
-
-
-def _load_folder(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, Facts]:
+def _load_folder(dataset: Dataset) -> tuple[Images, Images, Facts]:
     folder, skip = pictures_folder(dataset), dataset.skip_unusable is True
-    train, test, facts = load_pictures(folder, unusable_list(dataset), skip_unusable=skip)
-    return train, test, {"pictures": facts}
+    workspace = dataset.folder.parent
+    workspace.mkdir(parents=True, exist_ok=True)
+    images, train, test, facts = load_pictures(folder, unusable_list(dataset), workspace, skip_unusable=skip)
+    return (
+        Images(len(train), lambda start, stop: images[train[start:stop]]),
+        Images(len(test), lambda start, stop: images[test[start:stop]]),
+        {"pictures": facts},
+    )
 
 
 def pictures_folder(dataset: Dataset) -> Path:
@@ -107,12 +125,58 @@ def _leftovers(folder: Path) -> list[Path]:
     return list(folder.parent.glob(f".{folder.name}.new*"))
 
 
-def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Replaces `folder` by one with these files; if that fails, the old one stays. Only under the lock."""
+def _content(images: Images, shape: tuple[int, ...], desc: str) -> Iterator[bytes | memoryview]:
+    """The parts of a .npy file, as `np.save` writes it."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    yield header.getvalue()
+    step = max(1, CHUNK_BYTES // math.prod(shape[1:]))
+    for start in progress_bar(range(0, images.count, step), desc=desc, leave=False):
+        yield np.ascontiguousarray(images.take(start, min(start + step, images.count))).data
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Writes a new file and returns its SHA-256."""
+    digest = hashlib.sha256()
+    with naming(path), path.open("xb") as file:
+        for part in parts:
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _write_images(path: Path, images: Images) -> FileFacts:
+    shape = images.count, *images.take(0, 1).shape[1:]
+    sha256 = _write(path, _content(images, shape, desc=f"writing {path.name}"))
+    facts: FileFacts = {"sha256": sha256, "count": images.count, "shape": list(shape), "dtype": "uint8"}
+    if path.stat().st_size > LARGE_BYTES:
+        facts["sampled_sha256"] = sampled_sha256_of(path)
+    return facts
+
+
+def _load(dataset: Dataset) -> tuple[Images, Images, Facts]:
+    train, test, facts = _LOADERS[dataset.name](dataset)
+    if dataset.num_images is None:
+        return train, test, facts
+    if dataset.num_images > train.count:
+        raise UserError(
+            f"dataset.num_images must be at most {train.count} for {dataset.name}, got {dataset.num_images}"
+        )
+    return train._replace(count=dataset.num_images), test, facts
+
+
+def _replace_folder(dataset: Dataset, train: Images, test: Images, facts: Facts) -> None:
+    """Replaces the folder by one with these images; if that fails, the old one stays. Only under the lock."""
+    folder = dataset.folder
     new, old = (folder.with_name(f".{folder.name}.new{suffix}") for suffix in ("", ".old"))
     try:
-        for name, content in files.items():
-            write_atomically(new / name, content)
+        new.mkdir()
+        files = {name: _write_images(new / name, images) for name, images in (("train.npy", train), ("test.npy", test))}
+        manifest: Manifest = {"dataset": _wanted(dataset), "source": SOURCES[dataset.name], **facts, "files": files}
+        _write(new / "manifest.json", [(json.dumps(manifest, indent=2) + "\n").encode()])
+        sync(new)
         if folder.exists():
             os.replace(folder, old)
         try:
@@ -124,30 +188,6 @@ def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
     finally:
         for path in (new, old):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _files(dataset: Dataset) -> dict[str, bytes]:
-    """What the folder will hold: both arrays, and the manifest that describes them."""
-    train, test, facts = _LOADERS[dataset.name](dataset)
-    if dataset.num_images is not None and dataset.num_images > len(train):
-        raise UserError(f"dataset.num_images must be at most {len(train)} for {dataset.name}, got {dataset.num_images}")
-    arrays = {"train.npy": train[: dataset.num_images], "test.npy": test}
-    files = {file: npy_bytes(array) for file, array in arrays.items()}
-    manifest: Manifest = {
-        "dataset": _wanted(dataset),
-        "source": SOURCES[dataset.name],
-        **facts,
-        "files": {
-            file: {
-                "sha256": hashlib.sha256(files[file]).hexdigest(),
-                "count": len(array),
-                "shape": list(array.shape),
-                "dtype": str(array.dtype),
-            }
-            for file, array in arrays.items()
-        },
-    }
-    return files | {"manifest.json": (json.dumps(manifest, indent=2) + "\n").encode()}
 
 
 def prepare(dataset: Dataset) -> tuple[Manifest, bool]:
@@ -165,17 +205,17 @@ def prepare(dataset: Dataset) -> tuple[Manifest, bool]:
     """
     folder = dataset.folder
     try:
-        files = None if _is_valid(dataset) else _files(dataset)
-        if files or _leftovers(folder):
+        loaded = None if _is_valid(dataset) else _load(dataset)
+        if loaded or _leftovers(folder):
             with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
                 for leftover in _leftovers(folder):
                     shutil.rmtree(leftover)
-                if files:
-                    _replace_folder(folder, files)
+                if loaded:
+                    _replace_folder(dataset, *loaded)
     except OSError as error:
         place = error.filename or folder
         raise UserError(
             f"{place}: {error.strerror or error}: free some space or change its permissions, "
             "or set dataset.root (prepared data) or dataset.archive (the archive) to another place"
         ) from error
-    return load_manifest(folder, "run prepare_data.py again"), files is not None
+    return load_manifest(folder, "run prepare_data.py again"), loaded is not None

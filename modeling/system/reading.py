@@ -116,8 +116,11 @@ def read_yaml(path: Path, kind: type[Kind], remedy: str = "") -> Kind:
         return check(OmegaConf.to_container(OmegaConf.load(path)), kind)
 
 
-def read_array(path: Path, remedy: str = "") -> "np.ndarray":
+def read_array(path: Path, remedy: str = "", *, is_mapped: bool = False) -> "np.ndarray":
     """The array of a .npy file.
+
+    Args:
+        is_mapped: it stays in the file, read-only: what is used is read, and processes share the system's one copy.
 
     Raises:
         UserError: if it is damaged or another file.
@@ -126,7 +129,7 @@ def read_array(path: Path, remedy: str = "") -> "np.ndarray":
     import numpy as np
 
     with reading(path, "NumPy array", remedy):
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode="r" if is_mapped else None, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise TypeError("it is an archive")
         return array

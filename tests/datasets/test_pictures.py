@@ -18,7 +18,9 @@ from tests.helpers import dataset
 
 
 def load(folder: Path) -> tuple:
-    return load_pictures(folder, folder.with_suffix(".unusable.txt"))
+    """Training images, held-out images, facts."""
+    images, train, test, facts = load_pictures(folder, folder.with_suffix(".unusable.txt"), folder.parent)
+    return images[train], images[test], facts
 
 
 def test_pictures_are_found_at_any_depth_in_the_order_of_their_names(tmp_path, monkeypatch):
@@ -27,7 +29,7 @@ def test_pictures_are_found_at_any_depth_in_the_order_of_their_names(tmp_path, m
         stored(noise(32, 32), tmp_path / name)
     walk = os.walk
     monkeypatch.setattr(os, "walk", lambda *args, **options: reversed(list(walk(*args, **options))))
-    assert [str(path) for path in find_pictures(tmp_path)[0]] == sorted(names)
+    assert find_pictures(tmp_path)[0] == sorted(names)
 
 
 def test_hidden_files_other_suffixes_links_and_devices_are_passed_over_and_counted(tmp_path):
@@ -44,7 +46,7 @@ def test_hidden_files_other_suffixes_links_and_devices_are_passed_over_and_count
     (folder / "loop").symlink_to(folder)
     os.mkfifo(folder / "pipe.png")
     found, passed_over = find_pictures(folder)
-    assert [str(path) for path in found] == ["0.png", "1.png"]
+    assert found == ["0.png", "1.png"]
     assert passed_over == {
         "hidden": 2, "linked file": 1, "linked folder": 2, "no file": 1, ".txt": 1, ".heic": 2, "without suffix": 3,
     }  # fmt: skip
@@ -163,7 +165,7 @@ def test_a_missing_folder_is_an_error_with_the_key(tmp_path, is_file):
 
 def test_every_image_is_in_exactly_one_split_in_the_order_of_names(tmp_path):
     train, test, _ = load(fill(tmp_path, 60))
-    images = [noise(32, 32, int(path.stem)).transpose(2, 0, 1).tobytes() for path in find_pictures(tmp_path)[0]]
+    images = [noise(32, 32, int(Path(path).stem)).transpose(2, 0, 1).tobytes() for path in find_pictures(tmp_path)[0]]
     is_held_out = [hashlib.sha256(image).digest() < (2**256 // 10).to_bytes(32, "big") for image in images]
     assert [image.tobytes() for image in test] == list(itertools.compress(images, is_held_out))
     assert [image.tobytes() for image in train] == [
@@ -195,8 +197,7 @@ def digest(share: float, number: int) -> bytes:
     ],
 )
 def test_the_bounds_of_the_held_out_part_hold(shares, num_test):
-    images = {digest(share, number): np.array(number) for number, share in enumerate(shares)}
-    train, test = split(images)
-    lowest = sorted(images)[:num_test]
-    assert test.tolist() == sorted(int(images[key]) for key in lowest)
+    digests = [digest(share, number) for number, share in enumerate(shares)]
+    train, test = split(digests)
+    assert test.tolist() == sorted(digests.index(lowest) for lowest in sorted(digests)[:num_test])
     assert sorted([*train.tolist(), *test.tolist()]) == list(range(len(shares)))

@@ -13,6 +13,7 @@ from modeling.datasets import preparation
 from modeling.datasets.preparation import prepare
 from modeling.sections import Dataset
 from modeling.system.errors import UserError
+from modeling.system.files import sampled_sha256_of
 from tests.helpers import dataset, inject
 
 
@@ -52,6 +53,26 @@ def test_a_second_run_verifies_and_writes_nothing(tmp_path):
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "shapes").iterdir()}
     assert prepare(shapes(tmp_path))[1] is False
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "shapes").iterdir()} == before
+
+
+def test_a_large_file_is_written_in_parts_as_numpy_would_and_verified_whole_by_a_second_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "NUM_TEST_SHAPES", 60)
+    monkeypatch.setattr("modeling.system.files._SAMPLE_BYTES", 64)
+    expected, _ = prepare(shapes(tmp_path / "whole"))
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", 4 * 3072 + 1)
+    monkeypatch.setattr(preparation, "LARGE_BYTES", 100_000)  # 30 images are below, 60 are above
+    manifest, _ = prepare(shapes(tmp_path))
+    path = tmp_path / "shapes" / "test.npy"
+    sampled = manifest["files"]["test.npy"].pop("sampled_sha256")
+    assert sampled == sampled_sha256_of(path)
+    assert manifest == expected
+    np.save(tmp_path / "again.npy", np.load(path))
+    assert (tmp_path / "again.npy").read_bytes() == path.read_bytes()
+    content = bytearray(path.read_bytes())
+    content[300] ^= 1
+    path.write_bytes(content)
+    assert sampled_sha256_of(path) == sampled
+    assert prepare(shapes(tmp_path))[1]
 
 
 @pytest.mark.long

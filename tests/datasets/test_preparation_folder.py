@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw
 import main
 import prepare_data
 from modeling.config import parse
+from modeling.datasets import preparation
 from modeling.datasets.pictures import sha256_of_pictures
 from modeling.datasets.preparation import prepare
 from modeling.run.identity import data_sha256
@@ -56,6 +58,18 @@ def test_changed_pictures_are_prepared_again_and_unchanged_ones_are_not(tmp_path
     assert is_new
     assert (after == manifest) == (change == "manifest")
     assert prepare(drawings(tmp_path)) == (after, False)
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", 1 << 14)
+    prepare(dataset("folder", tmp_path / "small", pictures=str(fill(tmp_path / "few", 5))))  # what is allocated once
+    fill(tmp_path / "in", 300)
+    tracemalloc.start()
+    manifest, _ = prepare(drawings(tmp_path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(entry["count"] for entry in manifest["files"].values()) == 300
+    assert peak < 300 * 3 * 32 * 32 / 2
 
 
 # ---- from pictures to samples
