@@ -4,8 +4,9 @@
     python evaluate.py checkpoint=outputs/model.safetensors bits_images=10000 bits_timesteps=null out=evaluation/whole
     python evaluate.py checkpoint=model.safetensors 'measures=[fid]' num_images=50000 out=evaluation/fid
     python evaluate.py checkpoint=linear 'measures=[bits_per_dim,heldout_loss]' out=evaluation/linear
+    torchrun --nproc-per-node=8 evaluate.py checkpoint=model.safetensors    # the same numbers by 8 processes
 
-The last one is the best linear denoiser of the training images, for scale ("gaussian": of one mean and variance). Each
+"linear" is the best linear denoiser of the training images, for scale ("gaussian": of one mean and variance). Each
 number is written with its identity (model, data, sampler, n, extractor) to <out>/evaluation.json. The same command
 resumes after a stop; what is measured already is not measured again.
 """
@@ -26,11 +27,13 @@ def main(options: EvaluateConfig) -> None:
         from modeling.measures.evaluation_file import FILE, describe_record
         from modeling.measures.plan import take_measures
         from modeling.measures.subject import load_subject
+        from modeling.system.processes import joined
 
-        subject = load_subject(options)
-        for name, record in take_measures(subject):
-            print(describe_record(name, record), flush=True)
-        print(subject.folder / FILE)
+        with joined() as processes:
+            subject = load_subject(options, processes)
+            for name, record in take_measures(subject):
+                print(describe_record(name, record), flush=True)
+            print(subject.folder / FILE)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
     python sample.py checkpoint=model.safetensors sampler=ddim num_steps=50 seed=3 out=ddim.png
     python sample.py checkpoint=model.safetensors picture=path out=path.png    # or interpolation
     python sample.py checkpoint=model.safetensors picture=path out=path.gif    # it moves; or path.webp
+    torchrun --nproc-per-node=8 sample.py checkpoint=model.safetensors num_images=50000 out=samples.npz
 
 Image i is a function of the checkpoint, the sampler, the seed and i: the same whatever the batch size, up to rounding.
-The same command resumes after a stop.
+The same command resumes after a stop, with any number of processes (torchrun).
 """
 
 import shutil
@@ -35,35 +36,40 @@ def main(options: SampleConfig) -> None:
         from modeling.measures import explain
         from modeling.measures.sample_files import write_samples
         from modeling.measures.trained import SIZE, load_trained
+        from modeling.system.processes import joined
         from modeling.system.progress import progress_bar
 
-        trained, _ = load_trained(options)
-        about = trained.samples_identity | {"checkpoint": options.checkpoint}
-        num_images = options.num_images or (64 if options.picture == "grid" else 4)
-        model = (trained.model, num_images, SIZE, trained.device, trained.sampler)
-        bar = partial(progress_bar, desc="sampling")
-        if options.picture == "grid":
-            images = trained.draw(parts, num_images)
-            if out.suffix == ".png":
-                save_grid(images, out, scale=options.scale, about=about)
+        with joined() as processes:
+            trained, _ = load_trained(options, processes)
+            about = trained.samples_identity | {"checkpoint": options.checkpoint}
+            num_images = options.num_images or (64 if options.picture == "grid" else 4)
+            model = (trained.model, num_images, SIZE, trained.device, trained.sampler)
+            bar = partial(progress_bar, desc="sampling")
+            if options.picture == "grid":
+                images = trained.draw(parts, num_images)
+            if processes.rank:
+                return  # process 0 writes, and draws the other kinds of pictures alone
+            if options.picture == "grid":
+                if out.suffix == ".png":
+                    save_grid(images, out, scale=options.scale, about=about)
+                else:
+                    write_samples(images, trained.samples_identity, out)
+                shutil.rmtree(parts)
+            elif options.picture == "interpolation":
+                images = explain.interpolation(*model, seed=options.seed, precision=trained.precision, bar=bar)
+                save_grid(images, out, explain.COLUMNS, scale=options.scale, about=about)
             else:
-                write_samples(images, trained.samples_identity, out)
-            shutil.rmtree(parts)
-        elif options.picture == "interpolation":
-            images = explain.interpolation(*model, seed=options.seed, precision=trained.precision, bar=bar)
-            save_grid(images, out, explain.COLUMNS, scale=options.scale, about=about)
-        else:
-            is_still = out.suffix == ".png"
-            moments = explain.denoising_path(
-                *model, seed=options.seed, precision=trained.precision, bar=bar,
-                num_moments=explain.COLUMNS if is_still else explain.FRAMES,
-            )  # fmt: skip
-            if is_still:
-                content = encode_png(explain.draw_path(moments, options.scale), about)
-            else:
-                frames = [explain.draw_moment(moment, options.scale) for moment in moments]
-                content = explain.encode_animation(frames, out.suffix, about)
-            write_atomically(out, content)
+                is_still = out.suffix == ".png"
+                moments = explain.denoising_path(
+                    *model, seed=options.seed, precision=trained.precision, bar=bar,
+                    num_moments=explain.COLUMNS if is_still else explain.FRAMES,
+                )  # fmt: skip
+                if is_still:
+                    content = encode_png(explain.draw_path(moments, options.scale), about)
+                else:
+                    frames = [explain.draw_moment(moment, options.scale) for moment in moments]
+                    content = explain.encode_animation(frames, out.suffix, about)
+                write_atomically(out, content)
     print(out)
 
 

@@ -7,6 +7,7 @@ from modeling.diffusion import DiffusionModel, evaluating
 from modeling.images import to_model_range
 from modeling.runtime import autocast, check_finite
 from modeling.seeding import Purpose, draw_normal
+from modeling.system.processes import ALONE, Processes
 from modeling.system.progress import progress_bar
 
 _SEED = 0  # not the run's seed: every run is measured with the same noise
@@ -21,6 +22,7 @@ def denoising_loss(
     batch_size: int = 250,
     precision: str = "fp32",
     desc: str = "evaluating",
+    processes: Processes = ALONE,
 ) -> tuple[float, dict[str, float]]:
     """Measures the squared error of eps (eq. 14), with fixed noise and with timesteps spread evenly over 1..T.
 
@@ -30,6 +32,7 @@ def denoising_loss(
         images: (N, C, H, W) uint8.
         batch_size: images at a time; the result depends on it by rounding only.
         desc: what is measured, for the progress bar and the error.
+        processes: that share the batches; the result does not depend on their number, and each gets it.
 
     Returns:
         The mean loss, and the mean loss of each bin of timesteps by its bounds, for example "101-200"; bins without
@@ -40,15 +43,18 @@ def denoising_loss(
     """
     total = model.num_timesteps
     timesteps = torch.arange(len(images)) * total // len(images) + 1  # (N,), 1..T
-    losses = []
     starts = range(0, len(images), batch_size)
+
+    def measure(start: int) -> Tensor:
+        """The losses of a batch, (B,) on the CPU."""
+        index = torch.arange(start, min(start + batch_size, len(images)), device=device)
+        x_0 = to_model_range(images[start : start + batch_size].to(device))
+        noise = draw_normal(_SEED, Purpose.EVALUATION, 0, index, images.shape[1:])
+        return model.eps_losses(x_0, timesteps[start : start + batch_size].to(device), noise).cpu()
+
     with evaluating(model), autocast(device, precision):
-        for start in progress_bar(starts, desc=desc, leave=False):
-            index = torch.arange(start, min(start + batch_size, len(images)), device=device)
-            x_0 = to_model_range(images[start : start + batch_size].to(device))
-            noise = draw_normal(_SEED, Purpose.EVALUATION, 0, index, images.shape[1:])
-            losses.append(model.eps_losses(x_0, timesteps[start : start + batch_size].to(device), noise).cpu())
-    loss = torch.cat(losses).double()
+        losses = progress_bar(processes.map(measure, starts), total=len(starts), desc=desc, leave=False)
+        loss = torch.cat(list(losses)).double()
     check_finite(loss, desc, precision)
     num_bins = min(_MAX_BINS, total)
     bins = {}

@@ -15,6 +15,7 @@ from modeling.measures.encoder import images_sha256
 from modeling.measures.extractors import Extractor
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
+from modeling.system.processes import ALONE, Processes
 from modeling.system.progress import progress_bar
 from modeling.system.reading import reading_arrays
 
@@ -37,6 +38,7 @@ def extract_features(
     batch_size: int = 250,
     cache: str | Path | None = None,
     desc: str = "extracting features",
+    processes: Processes = ALONE,
 ) -> Features:
     """The features of a set of images.
 
@@ -45,6 +47,7 @@ def extract_features(
         batch_size: images at a time; the result depends on it by rounding only.
         cache: a folder where features are kept for the next time, without logits (410 MB for Inception's of 50,000
             images); the file's name is made of the hashes of extractor and images.
+        processes: that share the batches; each gets all features.
 
     Raises:
         UserError: for other images, features that are not finite, or a damaged file in the cache.
@@ -65,21 +68,25 @@ def extract_features(
     if cache is not None:
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         path = Path(cache) / f"{extractor.name}-{len(images)}-{key[:16]}.npz"
-        if path.is_file():
-            return Features(_read_values(path, len(images)), None, identity)
-    values, logits = [], []
+        kept = processes.once(lambda: _read_values(path, len(images)) if path.is_file() else None)
+        if kept is not None:
+            return Features(kept, None, identity)
+
+    def extract(start: int) -> tuple[Tensor, Tensor | None]:
+        value, logit = extractor.function(images[start : start + batch_size].to(extractor.device))
+        return value.cpu(), None if logit is None or path else logit.cpu()
+
+    starts = range(0, len(images), batch_size)
     with torch.no_grad():
-        for start in progress_bar(range(0, len(images), batch_size), desc=desc):
-            value, logit = extractor.function(images[start : start + batch_size].to(extractor.device))
-            values.append(value.cpu())
-            logits += [] if logit is None or path else [logit.cpu()]
+        found = list(progress_bar(processes.map(extract, starts), total=len(starts), desc=desc))
+    values, logits = [value for value, _ in found], [logit for _, logit in found if logit is not None]
     features = Features(torch.cat(values), torch.cat(logits) if logits else None, identity)
-    for found in (features.values, features.logits):
-        if found is not None and not found.isfinite().all():
+    for rows in (features.values, features.logits):
+        if rows is not None and not rows.isfinite().all():
             raise UserError(
                 f"the features of {extractor.name} are not finite: its weights ({extractor.sha256}) are broken"
             )
-    if path is not None:
+    if path is not None and processes.rank == 0:
         buffer = io.BytesIO()
         np.savez(buffer, values=features.values.numpy())  # in a zip archive, which has checksums
         write_atomically(path, buffer.getbuffer())

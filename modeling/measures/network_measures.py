@@ -60,7 +60,7 @@ class BitsMeasure:
                     timesteps_per_image=self.columns,
                     batch_size=trained.batch_size,
                     precision=trained.precision,
-                    bar=advancing(bar, start * num_evaluations, count),
+                    bar=advancing(bar, start * num_evaluations, count * trained.processes.count),
                 )
 
             return draw_in_parts(
@@ -70,6 +70,7 @@ class BitsMeasure:
                 trained.batch_size,
                 draw,
                 replace=self.subject.options.overwrite,
+                processes=trained.processes,
             )
 
 
@@ -99,6 +100,7 @@ class LossMeasure:
         """Raises FloatingPointError for a loss that is not finite."""
         trained = self.trained
         total, bins = denoising_loss(
-            trained.model, self.images, trained.device, precision=trained.precision, desc="held-out loss"
-        )
+            trained.model, self.images, trained.device, precision=trained.precision, desc="held-out loss",
+            processes=trained.processes,
+        )  # fmt: skip
         return {"values": {"total": total, "bins": bins}, "identity": self.identity | trained.environment}

@@ -1,5 +1,6 @@
 """Which measures are to be taken, and their order: what `evaluation.json` holds already is not measured again."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -31,6 +32,8 @@ MEASURES: dict[str, Callable[[Subject], Measure]] = {
 def take_measures(subject: Subject) -> Iterator[tuple[str, Record]]:
     """Takes the measures that the options name and the folder's file does not hold; writes each as soon as it is taken.
 
+    Several processes share a measure's batches; all have its record, and process 0 writes it.
+
     Yields:
         Name and record of every measure that the options name.
 
@@ -39,11 +42,12 @@ def take_measures(subject: Subject) -> Iterator[tuple[str, Record]]:
             options, or a measure's files are missing or damaged; also as the measures do.
         LockedError: when another process works in the folder.
     """
-    folder, options = subject.folder, subject.options
-    measures = {name: MEASURES[name](subject) for name in options.measures}
+    folder, options, processes = subject.folder, subject.options, subject.trained.processes
+    with processes.first():  # which may download Inception's weights
+        measures = {name: MEASURES[name](subject) for name in options.measures}
     path = folder / FILE
-    with locked(folder / "lock"):
-        records = read_records(path)
+    with locked(folder / "lock") if processes.rank == 0 else contextlib.nullcontext():
+        records = processes.once(lambda: read_records(path))
         held = [name for name in measures if name in records]
         done = [name for name in held if is_of(records[name], measures[name].identity)]
         other = [name for name in held if name not in done]
@@ -55,6 +59,7 @@ def take_measures(subject: Subject) -> Iterator[tuple[str, Record]]:
         for name, measure in measures.items():
             if name not in done:
                 records[name] = measure.take()
-                write_json(path, records)
-                shutil.rmtree(folder / f"{name}.partial", ignore_errors=True)
+                if processes.rank == 0:
+                    write_json(path, records)
+                    shutil.rmtree(folder / f"{name}.partial", ignore_errors=True)
             yield name, records[name]

@@ -48,7 +48,10 @@ class DistanceMeasure:
 
     def _extract(self, images: Tensor, name: str, cache: Path | None = None) -> Features:
         desc = f"features ({name})"
-        return extract_features(self.extractor, images, batch_size=self.batch_size, cache=cache, desc=desc)
+        return extract_features(
+            self.extractor, images, batch_size=self.batch_size, cache=cache, desc=desc,
+            processes=self.subject.trained.processes,
+        )  # fmt: skip
 
 
 class InceptionMeasure(DistanceMeasure):
@@ -71,8 +74,9 @@ class EncoderMeasure(DistanceMeasure):
         (record, samples, generated, train), data = self._measure(), self.subject.data
         test = self._extract(data.test, "test", data.cache)
         distances, nearest = nearest_neighbours(generated.values[:_SHOWN], train.values, _NEIGHBOURS)
-        picture = draw_neighbours(samples[:_SHOWN], data.train[nearest], distances)
-        write_atomically(self.subject.folder / "neighbours.png", encode_png(picture, self.identity))
+        if self.subject.trained.processes.rank == 0:
+            picture = draw_neighbours(samples[:_SHOWN], data.train[nearest], distances)
+            write_atomically(self.subject.folder / "neighbours.png", encode_png(picture, self.identity))
         count = min(len(samples), len(data.test))
         record["identity"]["memorisation_num_images"] = count  # samples and test images
         record["values"] |= {

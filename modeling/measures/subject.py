@@ -16,6 +16,7 @@ from modeling.measures.trained import LINEAR, TrainedModel, fit_linear, load_tra
 from modeling.options import REPOSITORY, EvaluateConfig
 from modeling.stage import load_manifest
 from modeling.system.files import sha256_of
+from modeling.system.processes import ALONE, Processes
 from modeling.system.reading import reading
 
 
@@ -62,19 +63,30 @@ class Samples:
             self.num_images = len(self.given)
 
     def obtain(self) -> Tensor:
-        """The file's samples; or those that the evaluation's folder holds; or new ones, which are written to it."""
+        """The file's samples; or those that the evaluation's folder holds; or new ones, which are written to it.
+
+        Every process gets them.
+        """
         if self.given is not None:
             return self.given
+        held = self.trained.processes.once(self._read)
+        if held is not None:
+            return held
+        parts = self.path.with_name(f"{self.path.name}.partial")
+        images = self.trained.draw(parts, self.num_images)
+        if self.trained.processes.rank == 0:
+            write_samples(images, self.identity, self.path)
+            shutil.rmtree(parts)
+            save_grid(images[:64], self.path.with_name("samples.png"), about=self.identity)
+        return images
+
+    def _read(self) -> Tensor | None:
+        """These samples from the evaluation's folder, if it holds them."""
         if self.path.exists():
             images, identity = read_samples(self.path, "delete it, and the samples are drawn again")
             if identity == as_stored(self.identity) and len(images) >= self.num_images:
                 return images[: self.num_images]
-        parts = self.path.with_name(f"{self.path.name}.partial")
-        images = self.trained.draw(parts, self.num_images)
-        write_samples(images, self.identity, self.path)
-        shutil.rmtree(parts)
-        save_grid(images[:64], self.path.with_name("samples.png"), about=self.identity)
-        return images
+        return None
 
 
 @dataclass(frozen=True)
@@ -107,8 +119,8 @@ def stored_data(checkpoint: str, stored: dict[str, Any]) -> Path:
         return default_data(parse(stored, TrainedOn).dataset.folder)
 
 
-def load_subject(options: EvaluateConfig) -> Subject:
-    """The model, data and samples that the options name.
+def load_subject(options: EvaluateConfig, processes: Processes = ALONE) -> Subject:
+    """The model, data and samples that the options name, to be measured by these processes.
 
     Raises:
         UserError: for any that is missing, damaged, or does not fit the options.
@@ -116,8 +128,8 @@ def load_subject(options: EvaluateConfig) -> Subject:
     """
     if options.checkpoint in LINEAR:
         data = load_data(default_data(Path("data/cifar10")) if options.data is None else Path(options.data))
-        trained = fit_linear(options, data.train, data.identity["train_sha256"])
+        trained = fit_linear(options, data.train, data.identity["train_sha256"], processes)
     else:
-        trained, stored = load_trained(options)
+        trained, stored = load_trained(options, processes)
         data = load_data(stored_data(options.checkpoint, stored) if options.data is None else Path(options.data))
     return Subject(trained, data, Samples(trained, options), options)

@@ -21,6 +21,7 @@ from modeling.samplers import Sampler, sample_images
 from modeling.schedules import linear_betas, schedule_tables
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
+from modeling.system.processes import ALONE, Processes
 from modeling.system.progress import progress_bar
 from modeling.system.reading import reading
 
@@ -36,14 +37,16 @@ class TrainedModel:
         options: how images are drawn from it, and on which machine.
         model: on the CPU.
         identity: of its weights, plain values.
+        processes: that share the work.
 
     Raises:
         UserError: for options that the machine or the model does not have.
     """
 
-    def __init__(self, options: Sampling, model: DiffusionModel, identity: dict):
+    def __init__(self, options: Sampling, model: DiffusionModel, identity: dict, processes: Processes = ALONE):
         self.device, self.precision = build.build_runtime(options)
-        self.options = options
+        processes.use(self.device)
+        self.options, self.processes = options, processes
         self.num_steps = model.num_timesteps if options.num_steps is None else options.num_steps
         if self.num_steps > model.num_timesteps:
             raise UserError(f"num_steps must be at most {model.num_timesteps}, got {options.num_steps}")
@@ -68,6 +71,8 @@ class TrainedModel:
     def draw(self, folder: Path, num_images: int) -> Tensor:
         """Images 0 to num_images - 1, as the options say, through parts in `folder` (`draw_in_parts`), with a bar.
 
+        Every process gets all of them.
+
         Returns:
             (N, 3, H, W) uint8.
 
@@ -81,17 +86,18 @@ class TrainedModel:
             def draw(start: int, count: int) -> Tensor:
                 images = sample_images(
                     self.model, count, SIZE, self.device, self.sampler, seed=self.options.seed, first_image=start,
-                    precision=self.precision, bar=advancing(bar, start * num_steps, count),
+                    precision=self.precision, bar=advancing(bar, start * num_steps, count * self.processes.count),
                 )  # fmt: skip
                 check_finite(images, "a sample", self.precision)
                 return to_uint8(images)
 
             return draw_in_parts(
-                folder, self.samples_identity, num_images, self.batch_size, draw, replace=self.options.overwrite
-            )
+                folder, self.samples_identity, num_images, self.batch_size, draw, replace=self.options.overwrite,
+                processes=self.processes,
+            )  # fmt: skip
 
 
-def load_trained(options: Sampling) -> tuple[TrainedModel, dict[str, Any]]:
+def load_trained(options: Sampling, processes: Processes = ALONE) -> tuple[TrainedModel, dict[str, Any]]:
     """The model of a checkpoint, and the configuration it was trained with, of which model and diffusion are checked.
 
     Raises:
@@ -109,12 +115,13 @@ def load_trained(options: Sampling) -> tuple[TrainedModel, dict[str, Any]]:
     with reading(path, "trained model of this project"):
         config = parse(stored, Trained)
     identity = {"checkpoint": path.name, "checkpoint_sha256": digest, "weights": options.weights}
-    return TrainedModel(options, build.build_trained_model(config, weights), identity), stored
+    return TrainedModel(options, build.build_trained_model(config, weights), identity, processes), stored
 
 
-def fit_linear(options: Sampling, images: Tensor, images_sha256: str) -> TrainedModel:
+def fit_linear(options: Sampling, images: Tensor, images_sha256: str, processes: Processes = ALONE) -> TrainedModel:
     """What `options.checkpoint` = "linear" or "gaussian" names: the best linear denoiser of training images (uint8)."""
     abar = schedule_tables(linear_betas(*LINEAR_BETAS, LINEAR_TIMESTEPS))["alphas_cumprod"]
     denoiser = fit_linear_denoiser(to_model_range(images), abar, is_isotropic=LINEAR[options.checkpoint])
     model = DiffusionModel(denoiser, LINEAR_BETAS, LINEAR_TIMESTEPS)
-    return TrainedModel(options, model, {"checkpoint": options.checkpoint, "fitted_to_sha256": images_sha256})
+    identity = {"checkpoint": options.checkpoint, "fitted_to_sha256": images_sha256}
+    return TrainedModel(options, model, identity, processes)

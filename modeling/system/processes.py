@@ -1,43 +1,32 @@
-"""The processes that train one run together, through torch.distributed; most often it is one alone."""
+"""The processes that work together, through torch.distributed; most often it is one alone."""
 
 import contextlib
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
-from modeling.system.errors import Failed, UserError
+from modeling.system.agreement import Agreement
+from modeling.system.errors import UserError
 from modeling.system.shares import Share, share_of, sum_as_tree
-from modeling.system.signals import STOPPING, Stopped, uninterrupted
+from modeling.system.signals import uninterrupted
 
 JOIN_SECONDS = 300  # for all processes to start
-WAIT_SECONDS, NUM_WAITS = 1, 45  # for a step of the others; many short waits: one is over at once after a suspension
-SAY_SECONDS = 2  # in which those that are alive have said so, once one has failed
-GOING_ON = 0  # a process's word at an agreement; another one is 1 + the exit code that it ends with
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-class Processes:
-    """One of `count` processes that take the same steps, each on its rows of the batch.
+class Processes(Agreement):
+    """One of `count` processes that do the same work, each its part: rows of each training batch, or whole batches.
 
-    Process 0 alone owns the run's folder, and writes, prints and samples, while the others wait. What ends one of them
-    (a signal, an error) ends all, at the same step: each gives its word before gradients are added up.
-
-    Args:
-        rank: this process's number.
-        store: where each process notes how many agreements it has come to.
+    All of them have all results. Process 0 alone owns files, writes and prints.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, store: distributed.Store | None = None):
-        self.rank, self.count, self.store = rank, count, store
-        self._gpus: distributed.ProcessGroup | None = None  # NCCL, for gradients on GPUs
-        self._num_agreed = 0
-        self._may_pause = True  # whether process 0 may keep the others waiting before the next agreement
-        self._is_over = False  # one has said that it ends
-        self._is_lost = False  # one has not answered
+    _gpus: distributed.ProcessGroup | None = None  # NCCL, for gradients on GPUs
 
     def share(self, batch_size: int, micro_batch_size: int | None) -> Share:
         """This process's share of a batch whose parts have at most `micro_batch_size` images (None: no limit).
@@ -92,101 +81,46 @@ class Processes:
         torch._foreach_copy_(gradients, [part.view(of.shape) for part, of in zip(sums, gradients, strict=True)])
         return total[0]
 
-    def expect_pause(self) -> None:
-        """Before the next agreement process 0 may write or sample, which may take longer than a step."""
-        self._may_pause = True
+    def map(self, compute: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """The result of each item, in order and in every process; item k is computed by process k mod `count`.
 
-    def agree(self) -> None:
-        """Waits until all processes have come here or end.
+        In rounds of an item for each process: what process 0 writes of a round is safe before the next one begins.
 
-        Raises Failed or Stopped when one ends, and UserError when one is dead or does not answer.
+        Args:
+            compute: its results are made of plain values and tensors on the CPU.
+
+        Raises:
+            SystemExit: when another process ends; within a round, as soon as this process's item is done.
         """
         if self.count == 1:
+            yield from map(compute, items)
             return
-        with uninterrupted():
-            codes = [word - 1 for word in self._exchange(GOING_ON) if word != GOING_ON]
-            if not codes:
-                return
-        if codes[0] not in STOPPING.values():
-            raise Failed("", codes[0])
-        reason = next(name for name, code in STOPPING.items() if code == codes[0])
-        raise Stopped("the time limit" if reason == "SIGALRM" else reason, codes[0])
-
-    @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """Process 0 does this section before the others begin it."""
-        if self.rank:
-            self.agree()
-        yield
-        if self.rank == 0:
+        for start in range(0, len(items), self.count):
             self.expect_pause()
+            ours = [compute(item) for item in items[start : start + self.count][self.rank : self.rank + 1]]
+            results: list[list[Result]] = [[]] * self.count
+            self._exchange_objects(distributed.all_gather_object, results, ours)
+            for theirs in results:
+                yield from theirs
+        self.expect_pause()
+
+    def once(self, compute: Callable[[], Result]) -> Result:
+        """What process 0 computes, in every process: plain values and tensors on the CPU."""
+        if self.count == 1:
+            return compute()
+        self.expect_pause()
+        result: list[Any] = [compute() if self.rank == 0 else None]
+        self._exchange_objects(distributed.broadcast_object_list, result, 0)
+        self.expect_pause()
+        return result[0]
+
+    def _exchange_objects(self, collective: Callable, *arguments: object) -> None:
+        with uninterrupted():  # whoever has agreed takes part
             self.agree()
-
-    @contextlib.contextmanager
-    def ending_together(self) -> Iterator[None]:
-        """Ends the section in all processes once it ends in one, with one message, when process 0 is done with it."""
-        try:
-            yield
-            self.expect_pause()
-            self.agree()
-        except BaseException as error:
-            if self._is_lost:
-                raise
-            code, is_heard = error.code if isinstance(error, SystemExit) else 1, self._is_over
-            if not self._is_over:
-                words = self._exchange(1 + int(code or 0))
-                is_heard = next(rank for rank, word in enumerate(words) if word != GOING_ON) != self.rank
-            with contextlib.suppress(UserError, Failed):  # a launcher ends the others as soon as one has ended
-                self.expect_pause()
-                self._exchange(GOING_ON)
-            if is_heard and self.rank:
-                raise Failed("", int(code or 0)) from None
-            raise
-
-    def _exchange(self, word: int) -> list[int]:
-        """Every process's word."""
-        assert self.store is not None
-        self._num_agreed = self.store.add(str(self.rank), 1)
-        words = [int(theirs) for theirs in self._gather(torch.tensor([word]))]
-        self._may_pause, self._is_over = False, self._is_over or any(words)
-        return words
-
-    def _gather(self, ours: Tensor) -> list[Tensor]:
-        """Every process's tensor.
-
-        Raises UserError or Failed when one is dead, or does not answer.
-        """
-        theirs, num_waits = [torch.empty_like(ours) for _ in range(self.count)], 0
-        try:
-            work = distributed.all_gather(theirs, ours, async_op=True)
-            while True:
-                try:
-                    work.wait(timedelta(seconds=WAIT_SECONDS))
-                    return theirs
-                except RuntimeError as error:  # it was too long, or the connection is closed
-                    num_waits += 1
-                    if "timed out" not in str(error) or (num_waits >= NUM_WAITS and not self._may_pause):
-                        raise
-        except RuntimeError as error:
-            raise self._loss() from error
-
-    def _loss(self) -> UserError | Failed:
-        """What ends this process when another one is dead or hangs; the first of the living says which."""
-        assert self.store is not None
-        self._is_lost = True
-        try:
-            self.store.add(str(self.rank), 1)  # it lives
-            time.sleep(SAY_SECONDS)
-            counts = [self.store.add(str(rank), 0) - self._num_agreed for rank in range(self.count)]
-        except RuntimeError:  # without a launcher process 0 keeps the counts
-            counts = [-1] + [1] * (self.count - 1)
-        # Those that have not come to this agreement; else those that came, but do not say that they live.
-        missing = [rank for rank in range(self.count) if counts[rank] == min(counts) < 1]
-        if self.rank != min(set(range(self.count)) - set(missing)):
-            return Failed("", 1)
-        who = f"process {', '.join(map(str, missing))}" if missing else "one"
-        remedy = "the same command resumes the run from its last checkpoint"
-        return UserError(f"{who} of {self.count} is dead or does not answer: {remedy}")
+            try:
+                collective(*arguments, weights_only=True)
+            except RuntimeError as error:
+                raise self._loss() from error
 
 
 ALONE = Processes()

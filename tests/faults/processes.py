@@ -56,10 +56,22 @@ def launched(
         try:
             yield process
         finally:
-            if process.poll() is None:
-                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
+            kill_all(process)
+
+
+def kill_all(launcher: subprocess.Popen) -> None:
+    """Kills a launcher and its processes, if it runs."""
+    if launcher.poll() is None:
+        for child in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def run_launched(count: int, *overrides: str, **options) -> tuple[int, str]:
+    """The exit code of a script in `count` processes, and all that they printed."""
+    with launched(count, *overrides, **options) as process:
+        output = process.communicate()[0]
+    return process.returncode, output
 
 
 def process_of(launcher: subprocess.Popen, rank: int) -> psutil.Process:

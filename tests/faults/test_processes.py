@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from modeling.checkpoint import load_checkpoint
-from tests.faults.processes import LONG, launched, process_of, run_to_end, wait_for
+from tests.faults.processes import LONG, launched, process_of, run_launched, run_to_end, wait_for
 from tests.helpers import TINY, equal, result, start_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.fault("several processes")]
@@ -34,8 +34,8 @@ runpy.run_path("main.py", run_name="__main__")
 """
 IMPATIENT = """
 import runpy
-from modeling.run import processes
-processes.NUM_WAITS = 3
+from modeling.system import agreement
+agreement.NUM_WAITS = 3
 runpy.run_path("main.py", run_name="__main__")
 """
 
@@ -44,12 +44,6 @@ def written(folder: Path, text: str) -> Path:
     path = folder / "script.py"
     path.write_text(text)
     return path
-
-
-def run_launched(count: int, *overrides: str, **options) -> tuple[int, str]:
-    with launched(count, *overrides, **options) as process:
-        output = process.communicate()[0]
-    return process.returncode, output
 
 
 @pytest.mark.numeric

@@ -1,0 +1,130 @@
+"""How processes that work together end together: each gives its word, and one that is dead or hangs is named."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+from modeling.system.errors import Failed, UserError
+from modeling.system.signals import STOPPING, Stopped, uninterrupted
+
+WAIT_SECONDS, NUM_WAITS = 1, 45  # for a step of the others; many short waits: one is over at once after a suspension
+SAY_SECONDS = 2  # in which those that are alive have said so, once one has failed
+GOING_ON = 0  # a process's word at an agreement; another one is 1 + the exit code that it ends with
+
+
+class Agreement:
+    """What one of `count` processes knows of the others.
+
+    What ends one of them (a signal, an error) ends all, where they next agree.
+
+    Args:
+        rank: this process's number.
+        store: where each process notes how many agreements it has come to.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, store: distributed.Store | None = None):
+        self.rank, self.count, self.store = rank, count, store
+        self._num_agreed = 0
+        self._may_pause = True  # whether one may keep the others waiting before the next agreement
+        self._is_over = False  # one has said that it ends
+        self._is_lost = False  # one has not answered
+
+    def expect_pause(self) -> None:
+        """Before the next agreement one process may take longer than a step: it writes, or computes a batch."""
+        self._may_pause = True
+
+    def agree(self) -> None:
+        """Waits until all processes have come here or end.
+
+        Raises Failed or Stopped when one ends, and UserError when one is dead or does not answer.
+        """
+        if self.count == 1:
+            return
+        with uninterrupted():
+            codes = [word - 1 for word in self._exchange(GOING_ON) if word != GOING_ON]
+            if not codes:
+                return
+        if codes[0] not in STOPPING.values():
+            raise Failed("", codes[0])
+        reason = next(name for name, code in STOPPING.items() if code == codes[0])
+        raise Stopped("the time limit" if reason == "SIGALRM" else reason, codes[0])
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Process 0 does this section before the others begin it."""
+        self.expect_pause()
+        if self.rank:
+            self.agree()
+        yield
+        if self.rank == 0:
+            self.agree()
+        self.expect_pause()
+
+    @contextlib.contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Ends the section in all processes once it ends in one, with one message, when process 0 is done with it."""
+        try:
+            yield
+            self.expect_pause()
+            self.agree()
+        except BaseException as error:
+            if self._is_lost:
+                raise
+            code, is_heard = error.code if isinstance(error, SystemExit) else 1, self._is_over
+            if not self._is_over:
+                words = self._exchange(1 + int(code or 0))
+                is_heard = next(rank for rank, word in enumerate(words) if word != GOING_ON) != self.rank
+            with contextlib.suppress(UserError, Failed):  # a launcher ends the others as soon as one has ended
+                self.expect_pause()
+                self._exchange(GOING_ON)
+            if is_heard and self.rank:
+                raise Failed("", int(code or 0)) from None
+            raise
+
+    def _exchange(self, word: int) -> list[int]:
+        """Every process's word."""
+        assert self.store is not None
+        self._num_agreed = self.store.add(str(self.rank), 1)
+        words = [int(theirs) for theirs in self._gather(torch.tensor([word]))]
+        self._may_pause, self._is_over = False, self._is_over or any(words)
+        return words
+
+    def _gather(self, ours: Tensor) -> list[Tensor]:
+        """Every process's tensor.
+
+        Raises UserError or Failed when one is dead, or does not answer.
+        """
+        theirs, num_waits = [torch.empty_like(ours) for _ in range(self.count)], 0
+        try:
+            work = distributed.all_gather(theirs, ours, async_op=True)
+            while True:
+                try:
+                    work.wait(timedelta(seconds=WAIT_SECONDS))
+                    return theirs
+                except RuntimeError as error:  # it was too long, or the connection is closed
+                    num_waits += 1
+                    if "timed out" not in str(error) or (num_waits >= NUM_WAITS and not self._may_pause):
+                        raise
+        except RuntimeError as error:
+            raise self._loss() from error
+
+    def _loss(self) -> UserError | Failed:
+        """What ends this process when another one is dead or hangs; the first of the living says which."""
+        assert self.store is not None
+        self._is_lost = True
+        try:
+            self.store.add(str(self.rank), 1)  # it lives
+            time.sleep(SAY_SECONDS)
+            counts = [self.store.add(str(rank), 0) - self._num_agreed for rank in range(self.count)]
+        except RuntimeError:  # without a launcher process 0 keeps the counts
+            counts = [-1] + [1] * (self.count - 1)
+        # Those that have not come to this agreement; else those that came, but do not say that they live.
+        missing = [rank for rank in range(self.count) if counts[rank] == min(counts) < 1]
+        if self.rank != min(set(range(self.count)) - set(missing)):
+            return Failed("", 1)
+        who = f"process {', '.join(map(str, missing))}" if missing else "one"
+        return UserError(f"{who} of {self.count} is dead or does not answer: the same command resumes what is saved")
