@@ -27,7 +27,7 @@ def main(options: EvaluateConfig) -> None:
         from modeling.measures.evaluation_file import FILE, describe_record
         from modeling.measures.plan import take_measures
         from modeling.measures.subject import load_subject
-        from modeling.system.processes import joined
+        from modeling.system.launcher import joined
 
         with joined() as processes:
             subject = load_subject(options, processes)

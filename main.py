@@ -25,18 +25,15 @@ def main(config: Config) -> None:
     manifest = read_manifest(config.dataset)
     with stopping_on_signals(config.runtime.max_seconds):
         # Imported late, because torch takes seconds, and a wrong configuration should not wait for it.
-        from modeling.run.session import publish, train
+        from modeling.run.session import train
 
-        is_stage = "DVC_STAGE" in os.environ
-        if is_stage:
-            check_writable(Path("outputs/metrics.json"))
+        outputs = Path("outputs") if "DVC_STAGE" in os.environ else None
+        if outputs is not None:
+            check_writable(outputs / "metrics.json")
         try:
-            folder = train(config, manifest, replace=is_stage)
-            if is_stage:
-                publish(folder, Path("outputs"))
-                print(f"artefacts   outputs/, from {folder}/")
+            train(config, manifest, outputs=outputs)
         except Stopped as stopped:
-            if is_stage and stopped.code == 0:
+            if outputs is not None and stopped.code == 0:
                 raise UserError(f"{stopped.reason} is over before the stage is done: `dvc repro` resumes it") from None
             raise
 

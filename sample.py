@@ -36,7 +36,7 @@ def main(options: SampleConfig) -> None:
         from modeling.measures import explain
         from modeling.measures.sample_files import write_samples
         from modeling.measures.trained import SIZE, load_trained
-        from modeling.system.processes import joined
+        from modeling.system.launcher import joined
         from modeling.system.progress import progress_bar
 
         with joined() as processes:

@@ -167,6 +167,8 @@ class Runtime(Machine):
     """At most so many images go through the network at a time; null: chosen by the device."""
     num_workers: Annotated[int, Field(ge=0, le=64)]
     """Processes that make batches; 0: the training process does. No result depends on it."""
+    processes: PositiveInt | None = None  # older files lack the key
+    """So many processes share each batch: on GPUs one for each, on CPUs with their share of the threads; null: 1."""
     output_dir: PathText | None
     """The run's folder; null: runs/<runtime.name, or what the run is>-<hash>."""
     resume: PathText

@@ -19,8 +19,8 @@ NO_EFFECT: Any = {
     "optimizer": {"warmup_steps"},
     "train": {"num_epochs", "max_steps", "checkpoint_every"},
     "runtime": {
-        "keep_freed_memory", "num_threads", "num_workers", "name", "output_dir", "resume", "max_seconds",
-        "checkpoint_seconds", "keep_checkpoints",
+        "keep_freed_memory", "num_threads", "num_workers", "processes", "name", "output_dir", "resume",
+        "max_seconds", "checkpoint_seconds", "keep_checkpoints",
     },
     "wandb": True,
 }  # fmt: skip

@@ -7,6 +7,7 @@ weights), details.json and metrics.json, which is written last: a run is finishe
 """
 
 import contextlib
+import functools
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from modeling.run.records import build_tracker
 from modeling.stage import Manifest, repository
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
-from modeling.system.processes import joined
+from modeling.system.launcher import joined
+from modeling.system.processes import Processes
 from modeling.system.signals import Stopped
 
 ARTEFACTS = (
@@ -85,13 +87,14 @@ def _identify(config: Config, last_step: int, manifest: Manifest) -> tuple[Ident
     return identity, origin, f"starting from {resume} ({origin_name}) with {how}"
 
 
-def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
+def train(config: Config, manifest: Manifest, *, outputs: Path | None = None) -> Path:
     """Trains, samples and measures; resumes from the folder's newest checkpoint if it has one.
 
     Args:
         config: the validated configuration.
         manifest: of the prepared data.
-        replace: whether a longer run in the folder is replaced instead of rejected.
+        outputs: where a DVC stage wants the artefacts, too; a longer run in the folder is then replaced instead of
+            rejected.
 
     Returns:
         The run's folder.
@@ -102,47 +105,57 @@ def train(config: Config, manifest: Manifest, *, replace: bool = False) -> Path:
         OSError: when the disk fails, naming the file; the last checkpoint is untouched.
         Stopped: when the process is asked to end; the state is saved.
     """
-    with joined() as processes:
-        device, precision = build.build_runtime(config.runtime)
-        processes.use(device)
-        images, length = manifest["files"]["train.npy"], config.train
-        last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
-        identity, origin, note = _identify(config, last_step, manifest)
-        path = repository() / (config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
-        folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
-        objects = config, manifest, last_step, folder, device, precision, processes
-        with folder.claimed() if processes.rank == 0 else contextlib.nullcontext():
-            with processes.first():  # the others then find what process 0 has left in the folder
-                finished_at = folder.finished_at()
-                if config.runtime.resume == "never" and finished_at is not None:
-                    raise UserError(
-                        f"runtime.resume=never: {path} holds this run, finished: delete it, or set runtime.output_dir "
-                        "to another folder"
-                    )
-                if finished_at == last_step:
-                    print(f"{path}: this run is finished, nothing to do")
-                    return path
+    work = functools.partial(train, config, manifest, outputs=outputs)  # of the processes that are started here
+    with joined(config.runtime.processes, config.runtime.num_threads, work) as processes:
+        folder = _train(config, manifest, processes, replace=outputs is not None)
+        if outputs is not None and processes.rank == 0:
+            _publish(folder, outputs)
+            print(f"artefacts   {outputs}/, from {folder}/")
+    return folder
+
+
+def _train(config: Config, manifest: Manifest, processes: Processes, *, replace: bool) -> Path:
+    """This process's part of the run, in its folder."""
+    device, precision = build.build_runtime(config.runtime)
+    processes.use(device)
+    images, length = manifest["files"]["train.npy"], config.train
+    last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
+    identity, origin, note = _identify(config, last_step, manifest)
+    path = repository() / (config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
+    folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
+    objects = config, manifest, last_step, folder, device, precision, processes
+    with folder.claimed() if processes.rank == 0 else contextlib.nullcontext():
+        with processes.first():  # the others then find what process 0 has left in the folder
+            finished_at = folder.finished_at()
+            if config.runtime.resume == "never" and finished_at is not None:
+                raise UserError(
+                    f"runtime.resume=never: {path} holds this run, finished: delete it, or set runtime.output_dir "
+                    "to another folder"
+                )
+            if finished_at == last_step:
+                print(f"{path}: this run is finished, nothing to do")
+                return path
+            run = Run(*objects)
+            run.load(origin)
+            if config.runtime.resume == "never" and run.state.step:
+                raise UserError(
+                    f"runtime.resume=never: {path} holds this run up to step {run.state.step}: delete it, or set "
+                    "runtime.output_dir to another folder"
+                )
+            if run.state.step > last_step:
+                longer = f"{path} holds this run with {run.state.step} steps, more than the {last_step} asked for"
+                if not replace:
+                    raise UserError(f"{longer}: set runtime.output_dir to another folder")
+                print(f"{longer}: starting from scratch")
+                folder.clear()
                 run = Run(*objects)
-                run.load(origin)
-                if config.runtime.resume == "never" and run.state.step:
-                    raise UserError(
-                        f"runtime.resume=never: {path} holds this run up to step {run.state.step}: delete it, or set "
-                        "runtime.output_dir to another folder"
-                    )
-                if run.state.step > last_step:
-                    longer = f"{path} holds this run with {run.state.step} steps, more than the {last_step} asked for"
-                    if not replace:
-                        raise UserError(f"{longer}: set runtime.output_dir to another folder")
-                    print(f"{longer}: starting from scratch")
-                    folder.clear()
-                    run = Run(*objects)
-                if run.state.step == 0 and not note:
-                    note = folder.similar_run() or ""
-                print("\n".join([run.describe(), *([note] if note else []), ""]), flush=True)
-            if processes.rank == 0:
-                _carry_out(run)
-            else:
-                Training(run, None).fit()
+            if run.state.step == 0 and not note:
+                note = folder.similar_run() or ""
+            print("\n".join([run.describe(), *([note] if note else []), ""]), flush=True)
+        if processes.rank == 0:
+            _carry_out(run)
+        else:
+            Training(run, None).fit()
     return path
 
 
@@ -179,7 +192,7 @@ def _carry_out(run: Run) -> None:
     print(f"samples     {folder}/samples/ema/{run.last_step}.png\nmetrics     {run.folder.metrics_path}")
 
 
-def publish(folder: Path, target: Path) -> None:
+def _publish(folder: Path, target: Path) -> None:
     """Copies a finished run's artefacts to `target`, replacing the ones there."""
     target.mkdir(parents=True, exist_ok=True)
     for name in ARTEFACTS:

@@ -88,7 +88,10 @@ class Agreement:
     def _exchange(self, word: int) -> list[int]:
         """Every process's word."""
         assert self.store is not None
-        self._num_agreed = self.store.add(str(self.rank), 1)
+        try:
+            self._num_agreed = self.store.add(str(self.rank), 1)
+        except RuntimeError as error:  # without a launcher the store ends with process 0
+            raise self._loss() from error
         words = [int(theirs) for theirs in self._gather(torch.tensor([word]))]
         self._may_pause, self._is_over = False, self._is_over or any(words)
         return words

@@ -1,21 +1,17 @@
 """The processes that work together, through torch.distributed; most often it is one alone."""
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.rendezvous import rendezvous
 
 from modeling.system.agreement import Agreement
 from modeling.system.errors import UserError
 from modeling.system.shares import Share, share_of, sum_as_tree
 from modeling.system.signals import uninterrupted
 
-JOIN_SECONDS = 300  # for all processes to start
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -46,13 +42,15 @@ class Processes(Agreement):
         Raises:
             UserError: for more processes than GPUs.
         """
-        if self.count == 1 or device.type != "cuda":
+        if self.count == 1 or device.type == "cpu":
             return
-        number, num_gpus = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
+        number = int(os.environ.get("LOCAL_RANK", self.rank))
+        num_gpus = torch.cuda.device_count() if device.type == "cuda" else 1
         if number >= num_gpus:
             raise UserError(
                 f"process {self.rank} is number {number + 1} on its machine, which has {num_gpus} GPUs: start one for "
-                f"each GPU (torchrun --nproc-per-node={num_gpus}), or set runtime.device=cpu"
+                f"each GPU (runtime.processes={num_gpus}, or torchrun --nproc-per-node={num_gpus}), or set "
+                "runtime.device=cpu"
             )
         self.agree()
         torch.cuda.set_device(number)
@@ -124,36 +122,3 @@ class Processes(Agreement):
 
 
 ALONE = Processes()
-
-
-@contextlib.contextmanager
-def joined() -> Iterator[Processes]:
-    """Joins the processes that a launcher such as torchrun has started; without one there is this process alone.
-
-    Inside, what ends one process ends all, and all but process 0 print nothing.
-
-    Raises:
-        UserError: when they do not find each other.
-    """
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        yield ALONE
-        return
-    try:
-        store, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-        store = distributed.PrefixStore(str(store.add(f"joined by {rank}", 1)), store)  # each run of a sweep its own
-        # Its own time limit is for the whole run: how long a process waits is decided at each agreement.
-        distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(days=1))
-    except RuntimeError as error:
-        what = "{WORLD_SIZE} processes have not found each other at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-        raise UserError(f"{what}: {str(error).splitlines()[0]}") from error
-    processes = Processes(rank, count, store)
-    try:
-        with contextlib.ExitStack() as silenced:
-            if rank:
-                nowhere = silenced.enter_context(open(os.devnull, "w"))
-                silenced.enter_context(contextlib.redirect_stdout(nowhere))
-                silenced.enter_context(contextlib.redirect_stderr(nowhere))
-            with processes.ending_together():
-                yield processes
-    finally:
-        distributed.destroy_process_group()

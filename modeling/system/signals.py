@@ -34,7 +34,7 @@ _depth = 0  # of nested `uninterrupted` sections
 
 
 @contextlib.contextmanager
-def stopping_on_signals(max_seconds: float | None = None) -> Iterator[None]:
+def stopping_on_signals(max_seconds: float | None = None, *, is_told: bool = True) -> Iterator[None]:
     """Inside, the signals in `STOPPING` and the end of the time limit raise `Stopped`, once.
 
     SIGHUP stays ignored where it is, as under nohup. A second Ctrl-C leaves at once; files are written atomically, so
@@ -42,6 +42,7 @@ def stopping_on_signals(max_seconds: float | None = None) -> Iterator[None]:
 
     Args:
         max_seconds: the time limit, from here; None for no limit.
+        is_told: whether standard error says so at once.
     """
     global _request
     process, requested_at = os.getpid(), 0.0
@@ -62,8 +63,9 @@ def stopping_on_signals(max_seconds: float | None = None) -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for loader workers that the same signal ended
         reason = name if name != "SIGALRM" else f"the time limit of {max_seconds:g} s"
         _request = Stopped(reason, STOPPING[name])
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            os.write(2, f"\n{reason}: stopping\n".encode())
+        if is_told:
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\n{reason}: stopping\n".encode())
         if _depth == 0:
             raise _request
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.processes import LONG, NUM_STEPS, run_to_end, steps_of
+from tests.faults.processes import LONG, NUM_STEPS, PARTS, run_to_end, steps_of
 from tests.helpers import result
 
 
@@ -12,4 +12,13 @@ def straight(tiny_data, tmp_path_factory) -> dict:
     code, output = run_to_end("main.py", *LONG, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}")
     assert code == 0, output
     assert steps_of(folder) == list(range(1, NUM_STEPS + 1))
+    return result(folder)
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_data, tmp_path_factory) -> dict:
+    """The result of one process, in four parts a batch."""
+    folder = tmp_path_factory.mktemp("faults") / "whole"
+    code, output = run_to_end("main.py", *PARTS, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}")
+    assert code == 0, output
     return result(folder)

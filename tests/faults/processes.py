@@ -4,15 +4,18 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from modeling.checkpoint import load_checkpoint
 from tests.helpers import ROOT, TINY, clean_environment, start_script
 
 NUM_STEPS = 100
 LONG = [*TINY, "train.num_epochs=25", "train.sample_every=10", "train.log_every=1"]
+PARTS = [*LONG, "runtime.micro_batch_size=4"]  # four parts a batch
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> str:
@@ -79,3 +82,17 @@ def process_of(launcher: subprocess.Popen, rank: int) -> psutil.Process:
     children = psutil.Process(launcher.pid).children(recursive=True)
     [found] = [child for child in children if child.environ().get("RANK") == str(rank)]
     return found
+
+
+def run_launched(count: int, *overrides: str, **options) -> tuple[int, str]:
+    """The exit code of torchrun and all that its processes printed."""
+    with launched(count, *overrides, **options) as process:
+        output = process.communicate()[0]
+    return process.returncode, output
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen, step: int = 1) -> None:
+    """Waits until the run in the folder has saved this step, or ended."""
+    path = folder / "checkpoints" / "last.pt"
+    while process.poll() is None and not (path.exists() and load_checkpoint(path)["state"]["step"] >= step):
+        time.sleep(0.02)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from modeling.checkpoint import load_checkpoint
-from tests.faults.processes import LONG, launched, process_of, run_launched, run_to_end, wait_for
+from tests.faults.processes import PARTS, launched, process_of, run_launched, wait_for, wait_for_checkpoint
 from tests.helpers import TINY, equal, result, start_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.fault("several processes")]
@@ -73,26 +73,8 @@ def test_any_number_of_processes_has_the_result_of_one(tmp_path, tiny_data, reco
     record_property("outcome", f"{' '.join(options)}: {counts} processes, {PRECISIONS}: equal to the bit")
 
 
-OPTIONS = [*LONG, "runtime.micro_batch_size=4"]
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_data, tmp_path_factory) -> dict:
-    """The result of one process, in four parts a batch."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    code, output = run_to_end("main.py", *OPTIONS, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}")
-    assert code == 0, output
-    return result(folder)
-
-
-def wait_for_checkpoint(folder: Path, process, step: int = 1) -> None:
-    path = folder / "checkpoints" / "last.pt"
-    while process.poll() is None and not (path.exists() and load_checkpoint(path)["state"]["step"] >= step):
-        time.sleep(0.02)
-
-
 def test_a_signal_to_one_process_stops_all_and_any_number_resumes(tmp_path, tiny_data, whole, record_property):
-    options = [*OPTIONS, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"]
+    options = [*PARTS, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"]
     with launched(2, *options) as process:
         wait_for_checkpoint(tmp_path / "run", process)
         process_of(process, 1).terminate()
@@ -115,7 +97,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_resumes(tmp_path, tiny
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_all_and_the_same_command_resumes(tmp_path, tiny_data, whole, record_property, rank):
-    options = [*OPTIONS, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"]
+    options = [*PARTS, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"]
     with launched(2, *options) as process:
         wait_for_checkpoint(tmp_path / "run", process)
         process_of(process, rank).kill()
@@ -131,7 +113,7 @@ def test_a_killed_process_ends_all_and_the_same_command_resumes(tmp_path, tiny_d
 
 
 def test_a_process_that_hangs_is_named(tmp_path, tiny_data, record_property):
-    options = [*OPTIONS, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"]
+    options = [*PARTS, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"]
     with launched(2, *options, script=written(tmp_path, IMPATIENT)) as process:
         wait_for_checkpoint(tmp_path / "run", process)
         hanging = process_of(process, 1)
@@ -148,7 +130,7 @@ def test_a_process_that_hangs_is_named(tmp_path, tiny_data, record_property):
 
 def test_a_full_disk_under_process_0_ends_all_with_one_message(tmp_path, tiny_data, record_property):
     folder = tmp_path / "run"
-    options = [*OPTIONS, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}"]
+    options = [*PARTS, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}"]
     with launched(2, *options) as process:
         wait_for_checkpoint(folder, process)
         process_of(process, 0).terminate()
@@ -167,7 +149,7 @@ def test_a_full_disk_under_process_0_ends_all_with_one_message(tmp_path, tiny_da
 def test_a_folder_that_is_rejected_is_reported_once(tmp_path, tiny_data):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
-    options = [*OPTIONS, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"]
+    options = [*PARTS, f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"]
     code, output = run_launched(2, *options)
     assert (code, output.count("run holds other files")) == (1, 1), output
     code, output = run_launched(2, *options[:-1], f"runtime.output_dir={tmp_path / 'other'}", "train.batch_size=1")

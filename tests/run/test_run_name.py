@@ -12,9 +12,9 @@ from tests.helpers import ROOT, changed, leaves
 NO_EFFECT_ON_THE_NAME = {
     "dataset.root", "dataset.archive", "dataset.urls", "dataset.pictures", "dataset.skip_unusable",
     "train.num_epochs", "train.max_steps", "train.checkpoint_every", "runtime.keep_freed_memory", "runtime.num_threads",
-    "runtime.num_workers", "runtime.name", "runtime.output_dir", "runtime.resume", "runtime.max_seconds",
-    "runtime.checkpoint_seconds", "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
-    "wandb.entity", "wandb.group", "wandb.tags", "wandb.notes",
+    "runtime.num_workers", "runtime.processes", "runtime.name", "runtime.output_dir", "runtime.resume",
+    "runtime.max_seconds", "runtime.checkpoint_seconds", "runtime.keep_checkpoints", "wandb.mode", "wandb.project",
+    "wandb.name", "wandb.entity", "wandb.group", "wandb.tags", "wandb.notes",
 }  # fmt: skip
 
 
