@@ -25,11 +25,13 @@ class Contender:
         run: does this many steps and returns when the device has finished them.
         images_per_step: images in a training batch, or images sampled at a time.
         flops_per_image: of one step, for one image.
+        close: ends what it has started.
     """
 
     run: Callable[[int], None]
     images_per_step: int
     flops_per_image: float
+    close: Callable[[], None] = lambda: None
 
 
 def compose(overrides: list[str]) -> Config:

@@ -23,6 +23,8 @@ NETWORKS = {  # what the tables call it -> overrides
     "ddpm 32": ["model=ddpm"],
     "ddpm 128": ["model=ddpm_paper"],
 }
+SMALL = {"the demo's network": (["model=ddpm_small"], 32), "ddpm 32": (NETWORKS["ddpm 32"], 64)}  # with batch sizes
+BESIDE = {"alone": 0, "beside a busy process": 1}
 Cases = dict[str, dict[str, Any]]
 Tables = Iterator[tuple[str, Cases]]
 
@@ -124,21 +126,39 @@ def micro_batches() -> Tables:
 
 def busy() -> Tables:
     """Beside a process that needs a CPU for itself: what threads lose that wait for each other."""
-    networks = {"the demo's network": (["model=ddpm_small"], 32), "ddpm 32": (NETWORKS["ddpm 32"], 64)}
     threads: dict[str, tuple[str, dict[str, str]]] = {
         "a thread for each CPU": ("null", {}),
         "the same, waiting as OpenMP does by itself": ("null", {"GOMP_SPINCOUNT": "300000"}),
         "one thread": ("1", {}),
     }
     with tempfile.TemporaryDirectory() as folder:
-        for network, (overrides, batch_size) in networks.items():
-            for where, num_busy in (("alone", 0), ("beside a busy process", 1)):
+        for network, (overrides, batch_size) in SMALL.items():
+            for where, num_busy in BESIDE.items():
                 case = {"name": "our training", "batch_size": batch_size, "folder": folder, "num_busy": num_busy}
                 cases = {
                     label: case | {"overrides": [*overrides, f"runtime.num_threads={count}"], "environment": variables}
                     for label, (count, variables) in threads.items()
                 }
                 yield f"Training {where}, {network}, batch {batch_size}", cases
+
+
+def processes() -> Tables:
+    """A process with two threads against two processes with one each, on two CPUs; the sum of gradients by gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        for network, (overrides, batch_size) in SMALL.items():
+            for where, num_busy in BESIDE.items():
+                case = {"batch_size": batch_size, "folder": folder, "num_busy": num_busy}
+                ours = case | {"name": "our training"}
+                shared = case | {"name": "shared training", "count": 2, "overrides": overrides}
+                cases = {
+                    "1 process": ours | {"overrides": overrides},
+                    "1 process, one thread": ours | {"overrides": [*overrides, "runtime.num_threads=1"]},
+                    "2 processes": shared | {"what": "steps"},
+                }
+                if not num_busy:
+                    cases["the same, gradients not added up"] = shared | {"what": "apart"}
+                    cases["gradients added up, and nothing else"] = shared | {"what": "sums"}
+                yield f"Training by processes, {where}, {network}, batch {batch_size}", cases
 
 
 def layers() -> Tables:
@@ -170,5 +190,6 @@ def sampling() -> Tables:
 
 
 SECTIONS = {
-    section.__name__: section for section in (peaks, loading, training, steps, micro_batches, busy, layers, sampling)
+    section.__name__: section
+    for section in (peaks, loading, training, steps, micro_batches, busy, processes, layers, sampling)
 }

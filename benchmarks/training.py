@@ -27,6 +27,7 @@ from modeling.run.objects import Run
 from modeling.runtime import autocast, keep_freed_memory, resolve_device
 from modeling.schedules import get_schedules
 from modeling.stage import read_manifest
+from modeling.system.processes import ALONE, Processes
 from modeling.system.signals import uninterrupted
 
 
@@ -150,17 +151,17 @@ def our_loading(overrides: list[str], batch_size: int) -> Contender:
     return Contender(run, batch_size, 0)
 
 
-def our_run(overrides: list[str], folder: str) -> Run:
-    """The objects that `main.py` makes from these overrides."""
+def our_run(overrides: list[str], folder: str, processes: Processes = ALONE) -> Run:
+    """The objects that `main.py` makes from these overrides, in one of these processes."""
     config = compose(overrides)
     machine = build.build_runtime(config.runtime)
     identity = identify(config, 1, data_sha256="", code_sha256="")
-    return Run(config, read_manifest(config.dataset), 1, RunFolder(Path(folder), identity), *machine)
+    return Run(config, read_manifest(config.dataset), 1, RunFolder(Path(folder), identity), *machine, processes)
 
 
-def our_training(overrides: list[str], batch_size: int, folder: str) -> Contender:
+def our_training(overrides: list[str], batch_size: int, folder: str, processes: Processes = ALONE) -> Contender:
     """The loader, the step and the bookkeeping of `main.py`: averaged weights, clipping, exact random numbers."""
-    run = our_run([*overrides, f"train.batch_size={batch_size}"], folder)
+    run = our_run([*overrides, f"train.batch_size={batch_size}"], folder, processes)
     flops = network_flops(plain_network(run.config), with_gradient=True)
     step, books = run.make_step(), run.make_books()
     run.model.train()
@@ -170,7 +171,7 @@ def our_training(overrides: list[str], batch_size: int, folder: str) -> Contende
         for images in run.batches.loader(range(start, start + num_steps), device=run.device):
             loss = step.backward(images)
             with uninterrupted():
-                books.count_step(step.update(loss), len(images))
+                books.count_step(step.update(loss), batch_size)
                 if books.is_line_due:
                     books.make_line(step.learning_rate(run.state.step - 1))
         synchronise(run.device)

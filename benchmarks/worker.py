@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from benchmarks.contender import count_launches
 from benchmarks.kernels import group_norm, peak_convolution, peak_matmul, relu
 from benchmarks.peers import diffusers_training
+from benchmarks.processes import shared_training
 from benchmarks.sampling import our_sampling, reference_sampling
 from benchmarks.training import our_loading, our_training, reference_loading, reference_training
 from modeling.runtime import peak_memory_bytes
@@ -25,6 +26,7 @@ CONTENDERS = {
     "our loading": our_loading,
     "reference training": reference_training,
     "our training": our_training,
+    "shared training": shared_training,
     "diffusers training": diffusers_training,
     "reference sampling": reference_sampling,
     "our sampling": our_sampling,
@@ -72,6 +74,7 @@ def main() -> None:
             num_steps, seconds = timed(contender.run, json.loads(line))
         print(json.dumps({"images": num_steps * contender.images_per_step, "seconds": seconds}), flush=True)
     print(json.dumps({"memory_bytes": peak_memory_bytes(), "launches": count_launches(contender.run)}), flush=True)
+    contender.close()
 
 
 if __name__ == "__main__":

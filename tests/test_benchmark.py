@@ -12,6 +12,7 @@ import torch
 import benchmark
 from benchmarks import sampling, training, turns
 from benchmarks.contender import compose, network_flops, plain_network
+from benchmarks.processes import shared_training
 from benchmarks.report import table
 from benchmarks.worker import busy_processes, timed
 from modeling.build import build_batches
@@ -98,6 +99,22 @@ def test_our_loop_does_the_steps_it_counts(overrides, tmp_path, monkeypatch):
     contender.run(3)
     contender.run(20)
     assert made[0].state.step == 23
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "is_equal"), [("steps", True), ("apart", False)])
+def test_processes_train_together_unless_they_are_measured_apart(overrides, tmp_path, monkeypatch, what, is_equal):
+    made, original = [], training.our_run
+    monkeypatch.setattr(training, "our_run", lambda *args: made.append(original(*args)) or made[-1])
+    overrides = [*overrides, "runtime.micro_batch_size=2"]
+    shared = shared_training(what, 2, overrides, 4, str(tmp_path / "shared"))
+    for contender in (shared, training.our_training(overrides, 4, str(tmp_path / "alone"))):
+        contender.run(2)
+        contender.run(1)
+        contender.close()
+    assert [run.state.step for run in made] == [3, 3]
+    assert equal(made[0].model.state_dict(), made[1].model.state_dict()) == is_equal
 
 
 def test_both_samplers_evaluate_the_network_once_a_step(overrides):
