@@ -84,13 +84,6 @@ def process_of(launcher: subprocess.Popen, rank: int) -> psutil.Process:
     return found
 
 
-def run_launched(count: int, *overrides: str, **options) -> tuple[int, str]:
-    """The exit code of torchrun and all that its processes printed."""
-    with launched(count, *overrides, **options) as process:
-        output = process.communicate()[0]
-    return process.returncode, output
-
-
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen, step: int = 1) -> None:
     """Waits until the run in the folder has saved this step, or ended."""
     path = folder / "checkpoints" / "last.pt"
