@@ -35,7 +35,7 @@ def main(options: SampleConfig) -> None:
         from modeling.images import encode_png, save_grid
         from modeling.measures import explain
         from modeling.measures.sample_files import write_samples
-        from modeling.measures.trained import SIZE, load_trained
+        from modeling.measures.trained import load_trained
         from modeling.system.launcher import joined
         from modeling.system.progress import progress_bar
 
@@ -43,7 +43,7 @@ def main(options: SampleConfig) -> None:
             trained, _ = load_trained(options, processes)
             about = trained.samples_identity | {"checkpoint": options.checkpoint}
             num_images = options.num_images or (64 if options.picture == "grid" else 4)
-            model = (trained.model, num_images, SIZE, trained.device, trained.sampler)
+            model = (trained.model, num_images, trained.image_shape, trained.device, trained.sampler)
             bar = partial(progress_bar, desc="sampling")
             if options.picture == "grid":
                 images = trained.draw(parts, num_images)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from modeling import IMAGE_CHANNELS
+from modeling import IMAGE_SHAPE
 from modeling.config import Config, Trained
 from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
@@ -39,16 +39,18 @@ def _options(section: Model | Optimizer, keys: Iterable[str]) -> dict:
     return {key: value for key in keys if (value := getattr(section, key)) is not None}
 
 
-def build_eps_model(section: Model) -> nn.Module:
-    """Builds the network; its weights are drawn from torch's default generator."""
+def build_eps_model(section: Model, image_shape: tuple[int, int, int] = IMAGE_SHAPE) -> nn.Module:
+    """Builds the network for images (C, H, W); its weights are drawn from torch's default generator."""
     keys = ("hidden_size", "multipliers", "num_blocks", "attention_resolutions", "dropout")
-    return MODELS[section.name](IMAGE_CHANNELS, IMAGE_CHANNELS, **_options(section, keys))
+    channels, height, _ = image_shape
+    options = _options(section, keys) | ({"image_size": height} if section.name == "ddpm" else {})
+    return MODELS[section.name](channels, channels, **options)
 
 
 def build_model(config: Config) -> DiffusionModel:
     """Builds the diffusion model on the CPU, with weights drawn from the run's seed."""
     torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
-    return build_diffusion(config.diffusion, build_eps_model(config.model))
+    return build_diffusion(config.diffusion, build_eps_model(config.model, config.dataset.image_shape))
 
 
 def build_trained_model(config: Trained, weights: dict[str, Tensor]) -> DiffusionModel:
@@ -59,7 +61,8 @@ def build_trained_model(config: Trained, weights: dict[str, Tensor]) -> Diffusio
             memory, because both may come from a malicious file.
     """
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in build_eps_model(config.model).state_dict().items()}
+        network = build_eps_model(config.model, config.image_shape)
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         name = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))[0]
@@ -67,7 +70,7 @@ def build_trained_model(config: Trained, weights: dict[str, Tensor]) -> Diffusio
             f"the weights do not fit {config.model}: {name} is {found.get(name, 'missing')}, "
             f"expected {expected.get(name, 'nothing of that name')}"
         )
-    model = build_diffusion(config.diffusion, build_eps_model(config.model))
+    model = build_diffusion(config.diffusion, build_eps_model(config.model, config.image_shape))
     model.eps_model.load_state_dict(weights)
     return model
 

@@ -5,7 +5,18 @@ from typing import Self
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from modeling.sections import Dataset, Diffusion, Model, Optimizer, Runtime, Train, Wandb
+from modeling.sections import (
+    Channels,
+    Dataset,
+    Diffusion,
+    ImageSize,
+    Model,
+    Optimizer,
+    Runtime,
+    Train,
+    Wandb,
+    shape_of_images,
+)
 from modeling.system.values import SchemaType, Section, Seed, checked
 
 
@@ -23,12 +34,22 @@ class Config(Section):
     wandb: Wandb
 
     @model_validator(mode="after")
-    def _batch_fits(self) -> Self:
+    def _sections_fit(self) -> Self:
         of_all = {"cifar10": 50_000, "shapes": 20_000}.get(self.dataset.name)  # a folder is counted when it is prepared
         available = of_all if self.dataset.num_images is None else self.dataset.num_images
         if available is not None and self.train.batch_size > available:
             raise ValueError(f"train.batch_size={self.train.batch_size} is larger than the data, {available} images")
+        self.model.check_images(self.dataset.image_shape)
         return self
+
+
+class TrainedImages(Section):
+    """The kind of images, of the section `dataset`; older files lack both keys."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    image_size: ImageSize = None
+    channels: Channels = None
 
 
 class Trained(Section):
@@ -36,8 +57,19 @@ class Trained(Section):
 
     model_config = ConfigDict(extra="ignore")
 
+    dataset: TrainedImages = TrainedImages()
     model: Model
     diffusion: Diffusion
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return shape_of_images(self.dataset.image_size, self.dataset.channels)
+
+    @model_validator(mode="after")
+    def _network_fits(self) -> Self:
+        self.model.check_images(self.image_shape)
+        return self
 
 
 class TrainedOn(Section):

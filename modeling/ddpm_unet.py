@@ -139,7 +139,7 @@ class DdpmUnet(nn.Module):
         num_blocks: residual blocks per level on the way down (one more on the way up).
         attention_resolutions: heights at which each block has attention; the middle always has it.
         dropout: probability in [0, 1).
-        image_size: height and width of the training images, to which attention_resolutions refer; other sizes work.
+        image_size: height of the training images, to which attention_resolutions refer; other sizes work.
 
     Raises:
         ValueError: for a hidden_size, multipliers, num_blocks, resolutions or dropout outside these ranges.

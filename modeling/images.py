@@ -45,8 +45,8 @@ def make_grid(images: Tensor, num_columns: int | None = None) -> Tensor:
         raise ValueError(f"num_columns must be at least 1, got {num_columns}")
     if images.dtype != torch.uint8:
         is_finite = images.isfinite().flatten(1).all(dim=1)[:, None, None, None]
-        magenta = torch.tensor([255, 0, 255], dtype=torch.uint8, device=images.device)[: images.shape[1], None, None]
-        images = to_uint8(images)
+        magenta = torch.tensor([255, 0, 255], dtype=torch.uint8, device=images.device)[:, None, None]
+        images = to_uint8(images).expand(-1, 3, -1, -1)
         images = torch.where(is_finite, images, magenta)
     num_columns = min(len(images), max(1, round(len(images) ** 0.5)) if num_columns is None else num_columns)
     num_rows = -(-len(images) // num_columns)

@@ -49,14 +49,16 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def resolve_micro_batch_size(size: int | None, device: torch.device, batch_size: int, hidden_size: int) -> int:
+def resolve_micro_batch_size(
+    size: int | None, device: torch.device, batch_size: int, hidden_size: int, num_pixels: int = 32 * 32
+) -> int:
     """Returns how many images go through the network at once, for `runtime.micro_batch_size`.
 
-    None chooses, on a CPU, 64 images at width 128, and as many as need the same memory at other widths: more are hardly
-    faster (docs/speed.md). On other devices it chooses the whole batch.
+    None chooses, on a CPU, 64 images of 32x32 at width 128, and as many as need the same memory at other widths and
+    sizes: more are hardly faster (docs/speed.md). On other devices it chooses the whole batch.
     """
     if size is None:
-        size = max(1, 64 * 128 // hidden_size) if device.type == "cpu" else batch_size
+        size = max(1, 64 * 128 * 32 * 32 // (hidden_size * num_pixels)) if device.type == "cpu" else batch_size
     return min(size, batch_size)
 
 

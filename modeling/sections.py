@@ -3,13 +3,31 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from modeling import IMAGE_SIZE
+from modeling import IMAGE_CHANNELS, IMAGE_SIZE
 from modeling.system.values import PathText, PositiveInt, Seconds, Section, Text
 
 HiddenSize = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+def _check_image_size(value: object) -> object:
+    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+    if value is not None and not all(type(number) is int and 4 <= number <= 1024 for number in numbers):
+        raise ValueError("must be a whole number of pixels or [height, width], each 4 to 1024")
+    return value
+
+
+ImageSize = Annotated[int | list[int] | None, BeforeValidator(_check_image_size)]
+Channels = Literal[1, 3] | None
+
+
+def shape_of_images(image_size: int | list[int] | None, channels: int | None) -> tuple[int, int, int]:
+    """(C, H, W) by the keys image_size and channels of a data set."""
+    size = IMAGE_SIZE if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return IMAGE_CHANNELS if channels is None else channels, height, width
 
 
 class Dataset(Section):
@@ -29,6 +47,15 @@ class Dataset(Section):
     """Number of training images; null: all 50,000 of cifar10, all pictures of folder, 20,000 shapes."""
     seed: Annotated[int, Field(ge=0)] | None
     """shapes: which ones are drawn."""
+    image_size: ImageSize = None  # which older files lack, as the next one
+    """folder, shapes: height and width of the images in pixels, or [height, width]; null: 32."""
+    channels: Channels = None
+    """folder, shapes: 3 for colours, 1 for grey; null: 3."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return shape_of_images(self.image_size, self.channels)
 
     @property
     def folder(self) -> Path:
@@ -38,7 +65,9 @@ class Dataset(Section):
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
         needs = {"cifar10": ("archive", "urls"), "shapes": ("seed",), "folder": ("pictures",)}[self.name]
-        keys = ("archive", "urls", "pictures", "seed", *(() if self.name == "folder" else ("skip_unusable",)))
+        keys = "archive", "urls", "pictures", "seed"
+        keys += () if self.name == "folder" else ("skip_unusable",)
+        keys += ("image_size", "channels") if self.name == "cifar10" else ()
         self._require(f"dataset.name={self.name}", keys, needs)
         if self.name == "cifar10" and self.num_images is not None and self.num_images > 50_000:
             raise ValueError(f"num_images must be at most 50000 with dataset.name=cifar10, got {self.num_images}")
@@ -55,7 +84,7 @@ class Model(Section):
     num_blocks: Annotated[int, Field(gt=0, le=100)] | None
     """ddpm: residual blocks a level."""
     attention_resolutions: list[PositiveInt] | None
-    """ddpm: heights with attention, in pixels (of 32, 16, 8, ...); the middle always has it."""
+    """ddpm: heights with attention, in pixels (the images', half of it, a quarter, ...); the middle always has it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None
     """ddpm: probability with which a value is set to 0 in training."""
 
@@ -63,14 +92,22 @@ class Model(Section):
     def _fits_name(self) -> Self:
         keys = ("multipliers", "num_blocks", "attention_resolutions", "dropout")
         self._require(f"model.name={self.name}", keys, keys if self.name == "ddpm" else ())
-        if self.multipliers is None or self.attention_resolutions is None:
-            return self
-        if not 1 <= len(self.multipliers) <= 6:
-            raise ValueError(f"multipliers must have 1 to 6 entries (32 = 2^5 pixels), got {self.multipliers}")
-        resolutions = [IMAGE_SIZE // 2**level for level in range(len(self.multipliers))]
-        if not set(self.attention_resolutions) <= set(resolutions):
-            raise ValueError(f"attention_resolutions must be among {resolutions}, got {self.attention_resolutions}")
+        if self.multipliers is not None and not 1 <= len(self.multipliers) <= 6:
+            raise ValueError(f"multipliers must have 1 to 6 entries, got {self.multipliers}")
         return self
+
+    def check_images(self, image_shape: tuple[int, int, int]) -> None:
+        """Raises ValueError unless the network takes images (C, H, W), and has levels of the heights with attention."""
+        _, height, width = image_shape
+        levels = 6 if self.multipliers is None else len(self.multipliers)
+        multiple = 2 ** (levels - 1)
+        if height % multiple or width % multiple:
+            why = f"model.name={self.name}" if self.multipliers is None else f"model.multipliers={self.multipliers}"
+            expected = f"height and width must be multiples of {multiple} with {why}"
+            raise ValueError(f"dataset.image_size: {expected}, got {height} and {width}")
+        heights = [height // 2**level for level in range(levels)]
+        if not set(self.attention_resolutions or []) <= set(heights):
+            raise ValueError(f"model.attention_resolutions must be among {heights}, got {self.attention_resolutions}")
 
 
 class Diffusion(Section):

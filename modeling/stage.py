@@ -98,12 +98,12 @@ def read_manifest(dataset: Dataset) -> Manifest:
     """
     folder = dataset.folder
     command = f"python prepare_data.py dataset={dataset.name}"
-    for key in ("root", "archive", "pictures", "skip_unusable", "num_images", "seed"):
+    for key in ("root", "archive", "pictures", "skip_unusable", "num_images", "seed", "image_size", "channels"):
         if (value := getattr(dataset, key)) is not None and value is not False:
             command += f" {override(f'dataset.{key}', value)}"
     manifest = load_manifest(folder, f"run `{command}`")
-    found = manifest["dataset"]
-    wanted = {key: getattr(dataset, key, None) for key in found}
+    found = {**manifest["dataset"], "images": manifest["files"]["train.npy"]["shape"][1:]}
+    wanted = {key: getattr(dataset, key, None) for key in manifest["dataset"]} | {"images": list(dataset.image_shape)}
     if found != wanted:
         changed = (f"{key}={found[key]}, not {wanted[key]}" for key in found if found[key] != wanted[key])
         raise UserError(

@@ -112,7 +112,7 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
         (["model.multipliers=null"], ["model: multipliers needs a value with model.name=ddpm"]),
         (
             ["model.attention_resolutions=[7]"],
-            ["model: attention_resolutions must be among [32, 16, 8], got [7]"],
+            ["model.attention_resolutions must be among [32, 16, 8], got [7]"],
         ),
         (["dataset.name=shapes"], ["dataset: seed needs a value with dataset.name=shapes"]),
         (["dataset=folder"], ["dataset: pictures needs a value with dataset.name=folder"]),

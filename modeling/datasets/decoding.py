@@ -1,4 +1,4 @@
-"""One picture of a folder: decoded by Pillow, in admitted formats only, and reduced to 32x32."""
+"""One picture of a folder: decoded by Pillow, in admitted formats only, and reduced to the size of the data set."""
 
 import functools
 import io
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from modeling import IMAGE_SIZE
+from modeling import IMAGE_SHAPE
 
 # Whatever the suffix says: Pillow gives some others to outside programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -55,8 +55,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _decode(file: Path | io.BytesIO) -> Image.Image:
     """The picture in RGB, upright."""
     with Image.open(file, formats=_FORMATS) as image:
-        if min(image.size) < IMAGE_SIZE:
-            raise ValueError(f"{image.width}x{image.height} pixels, at least {IMAGE_SIZE}x{IMAGE_SIZE} needed")
         image.load()  # in a PNG the orientation may come last
         # Not ImageOps.exif_transpose: it rewrites the metadata, and fails where they are damaged.
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -78,13 +76,14 @@ def _decode_without_end(path: Path) -> Image.Image | None:
     return image if image.tobytes() == other.tobytes() else None
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """A picture's centre square, reduced by Pillow's Lanczos filter (antialiased) to (3, 32, 32) uint8.
+def read_picture(path: Path, image_shape: tuple[int, int, int] = IMAGE_SHAPE) -> np.ndarray:
+    """A picture's centre, the largest rectangle of the images' ratio, reduced to (C, H, W) uint8.
 
-    It is turned upright (EXIF); an animation or several pages are their first picture; a colour profile is ignored.
+    Pillow's Lanczos filter (antialiased) reduces it, and Pillow's "L" makes it grey. It is turned upright (EXIF); an
+    animation or several pages are their first picture; a colour profile is ignored.
 
     Raises:
-        ValueError: for a file that is not a whole picture in one of the formats, smaller than 32 pixels on a side, or
+        ValueError: for a file that is not a whole picture in one of the formats, smaller than the images, or
             with more pixels than Pillow considers harmless (89 million).
     """
     # A megabyte, by default, is less than some programs write; what all texts of a picture may take stays bounded.
@@ -103,7 +102,12 @@ def read_picture(path: Path) -> np.ndarray:
         raise ValueError(f"not a picture in {', '.join(_FORMATS)}") from None
     except (*_DECODING_ERRORS, Image.DecompressionBombWarning) as error:
         raise ValueError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    channels, height, width = image_shape
+    if image.width < width or image.height < height:
+        raise ValueError(f"{image.width}x{image.height} pixels, at least {width}x{height} needed")
+    cut_width = min(image.width, image.height * width // height)
+    cut_height = min(image.height, image.width * height // width)
+    left, top = (image.width - cut_width) // 2, (image.height - cut_height) // 2
+    centre = image.crop((left, top, left + cut_width, top + cut_height)).convert("RGB" if channels == 3 else "L")
+    pixels = np.asarray(centre.resize((width, height), Image.Resampling.LANCZOS))
+    return pixels.reshape(height, width, channels).transpose(2, 0, 1)

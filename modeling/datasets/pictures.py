@@ -1,4 +1,4 @@
-"""A folder of pictures as a data set: the centre square of each, reduced to 32x32; duplicates once; a held-out tenth.
+"""A folder of pictures as a data set: the centre of each, reduced to one size; duplicates once; a held-out tenth.
 
 Nothing outside the folder is read, and nothing is left out in silence: what is passed over is counted, and where a
 picture cannot be used, none is, unless the user says to go on without it.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling import IMAGE_SIZE
+from modeling import IMAGE_SHAPE
 from modeling.datasets.decoding import read_picture, suffixes
 from modeling.stage import PictureFacts
 from modeling.system.errors import UserError
@@ -116,17 +116,23 @@ def split(digests: Collection[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_pictures(
-    folder: Path, unusable_list: Path, workspace: Path, *, skip_unusable: bool = False
+    folder: Path,
+    unusable_list: Path,
+    workspace: Path,
+    image_shape: tuple[int, int, int] = IMAGE_SHAPE,
+    *,
+    skip_unusable: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, PictureFacts]:
     """The pictures in a folder, split.
 
     Args:
         unusable_list: this file will list the pictures that cannot be used, and why; there is none if all can be.
         workspace: a folder for a file without a name, which holds the images.
+        image_shape: (C, H, W) of the images.
         skip_unusable: goes on without them.
 
     Returns:
-        Images, (N, 3, 32, 32) uint8, which stay in that file; the numbers of those for training and of those held out;
+        Images, (N, C, H, W) uint8, which stay in that file; the numbers of those for training and of those held out;
         and the facts of the pictures, whose `sha256` is that of `sha256_of_pictures`.
 
     Raises:
@@ -140,7 +146,7 @@ def load_pictures(
             # The digest first: were the file to change in between, it would be noticed the next time.
             digest.update(_line(folder, path))
             try:
-                image = read_picture(folder / path)
+                image = read_picture(folder / path, image_shape)
             except ValueError as error:
                 unusable.append(f"{path}: {error}")
                 continue
@@ -154,7 +160,7 @@ def load_pictures(
                 f"needed; {describe_passed_over(passed_over)}".removesuffix("; ")
             )
         file.flush()
-        images = np.memmap(file, np.uint8, mode="r").reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        images = np.memmap(file, np.uint8, mode="r").reshape(-1, *image_shape)
     facts: PictureFacts = {
         "count": len(paths),
         "unusable": len(unusable),

@@ -1,4 +1,4 @@
-"""Prepares a data set: `train.npy`, `test.npy` (uint8, (N, 3, 32, 32)) and a manifest in one folder, all or nothing.
+"""Prepares a data set: `train.npy`, `test.npy` (uint8, (N, C, H, W)) and a manifest in one folder, all or nothing.
 
 However many images there are, a few at a time pass through memory (all only of CIFAR-10, whose archive is one piece).
 Separate from `modeling.data`, so that a change of how batches are made does not prepare the data again.
@@ -29,7 +29,7 @@ NUM_SHAPES, NUM_TEST_SHAPES = 20_000, 2_000
 SOURCES = {  # where the images come from, not from which disk: the manifest is the same on every machine
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html, python version, each file verified by its SHA-256",
     "shapes": "drawn by the project, modeling/datasets/shapes.py",
-    "folder": "pictures of a folder, each its centre square reduced to 32x32 (Lanczos)",
+    "folder": "pictures of a folder, each its centre {cut} reduced to {size} (Lanczos)",
 }
 _TEST_SHAPES_START = 1 << 30  # shapes far behind any training image of the same seed
 LARGE_BYTES = 1 << 28  # of a file that a training does not read whole to verify it, which takes half a second at most
@@ -58,11 +58,12 @@ def _load_cifar10(dataset: Dataset) -> tuple[Images, Images, Facts]:
 
 
 def _load_shapes(dataset: Dataset) -> tuple[Images, Images, Facts]:
-    seed, num_train = dataset.seed, NUM_SHAPES if dataset.num_images is None else dataset.num_images
+    seed, shape = dataset.seed, dataset.image_shape
+    num_train = NUM_SHAPES if dataset.num_images is None else dataset.num_images
     assert seed is not None
     return (
-        Images(num_train, lambda start, stop: draw_shapes(seed, start, stop - start)),
-        Images(NUM_TEST_SHAPES, lambda start, stop: draw_shapes(seed, _TEST_SHAPES_START + start, stop - start)),
+        Images(num_train, lambda start, stop: draw_shapes(seed, start, stop - start, shape)),
+        Images(NUM_TEST_SHAPES, lambda start, stop: draw_shapes(seed, _TEST_SHAPES_START + start, stop - start, shape)),
         {},
     )
 
@@ -71,7 +72,9 @@ def _load_folder(dataset: Dataset) -> tuple[Images, Images, Facts]:
     folder, skip = pictures_folder(dataset), dataset.skip_unusable is True
     workspace = dataset.folder.parent
     workspace.mkdir(parents=True, exist_ok=True)
-    images, train, test, facts = load_pictures(folder, unusable_list(dataset), workspace, skip_unusable=skip)
+    images, train, test, facts = load_pictures(
+        folder, unusable_list(dataset), workspace, dataset.image_shape, skip_unusable=skip
+    )
     return (
         Images(len(train), lambda start, stop: images[train[start:stop]]),
         Images(len(test), lambda start, stop: images[test[start:stop]]),
@@ -96,6 +99,12 @@ _LOADERS = {"cifar10": _load_cifar10, "shapes": _load_shapes, "folder": _load_fo
 # ---- the folder
 
 
+def _source(dataset: Dataset) -> str:
+    channels, height, width = dataset.image_shape
+    size = f"{height}x{width}{', grey' if channels == 1 else ''}"
+    return SOURCES[dataset.name].format(cut="square" if height == width else "rectangle", size=size)
+
+
 def _wanted(dataset: Dataset) -> dict[str, Any]:
     """The values that decide which images are in the folder."""
     keys = ("name", "num_images", "seed", *(("pictures",) if dataset.name == "folder" else ()))
@@ -107,7 +116,8 @@ def _is_valid(dataset: Dataset) -> bool:
     folder = dataset.folder
     try:
         manifest = load_manifest(folder, "prepare it again")
-        if manifest["dataset"] != _wanted(dataset):
+        shapes = [entry["shape"][1:] for entry in manifest["files"].values()]
+        if manifest["dataset"] != _wanted(dataset) or shapes != [list(dataset.image_shape)] * 2:
             return False
         is_whole = all(sha256_of(folder / name) == entry["sha256"] for name, entry in manifest["files"].items())
         if not is_whole or dataset.name != "folder":
@@ -174,7 +184,7 @@ def _replace_folder(dataset: Dataset, train: Images, test: Images, facts: Facts)
     try:
         new.mkdir()
         files = {name: _write_images(new / name, images) for name, images in (("train.npy", train), ("test.npy", test))}
-        manifest: Manifest = {"dataset": _wanted(dataset), "source": SOURCES[dataset.name], **facts, "files": files}
+        manifest: Manifest = {"dataset": _wanted(dataset), "source": _source(dataset), **facts, "files": files}
         _write(new / "manifest.json", [(json.dumps(manifest, indent=2) + "\n").encode()])
         sync(new)
         if folder.exists():

@@ -8,7 +8,7 @@ import colorsys
 
 import numpy as np
 
-from modeling import IMAGE_SIZE
+from modeling import IMAGE_SHAPE
 
 _SUPERSAMPLING = 4  # sub-pixels a side: 17 levels at an edge
 _KINDS = (  # sides, range of hues, area / inradius^2, outer radius / inradius
@@ -24,23 +24,32 @@ def _polygon_distance(x: np.ndarray, y: np.ndarray, num_sides: int, inradius: fl
     return np.max([x * np.cos(normal) + y * np.sin(normal) - inradius for normal in normals], axis=0)
 
 
-def draw_shape(rng: np.random.Generator) -> np.ndarray:
-    """One image: (3, 32, 32) uint8, anti-aliased; kind, place, size and colours are drawn from rng."""
+_GREY = np.array([0.299, 0.587, 0.114])  # of red, green, blue, as Pillow weighs them
+
+
+def draw_shape(rng: np.random.Generator, image_shape: tuple[int, int, int] = IMAGE_SHAPE) -> np.ndarray:
+    """One image: (C, H, W) uint8, anti-aliased; kind, place, size and colours are drawn from rng."""
+    channels, height, width = image_shape
+    scale = min(height, width) / 32
     num_sides, hues, area_per_inradius_squared, outer_per_inradius = _KINDS[rng.integers(len(_KINDS))]
-    inradius = np.sqrt(rng.uniform(120, 200) / area_per_inradius_squared)  # equal areas, in pixels
-    max_shift = min(5.0, IMAGE_SIZE / 2 - outer_per_inradius * inradius - 1)
-    centre_x, centre_y = IMAGE_SIZE / 2 + rng.uniform(-max_shift, max_shift, size=2)
+    inradius = scale * np.sqrt(rng.uniform(120, 200) / area_per_inradius_squared)  # equal areas, in pixels at 32x32
+    middle = np.array([width, height]) / 2
+    max_shift = np.minimum(middle * 5 / 16, middle - outer_per_inradius * inradius - scale)
+    centre_x, centre_y = middle + rng.uniform(-max_shift, max_shift)
     background = np.array(colorsys.hsv_to_rgb(0, 0, rng.uniform(0.0, 1.0)))
     colour = np.array(colorsys.hsv_to_rgb(rng.uniform(*hues), 1.0, rng.uniform(0.75, 1.0)))
 
-    positions = (np.arange(IMAGE_SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
-    y, x = np.meshgrid(positions - centre_y, positions - centre_x, indexing="ij")
+    rows, columns = ((np.arange(size * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING for size in (height, width))
+    y, x = np.meshgrid(rows - centre_y, columns - centre_x, indexing="ij")
     distance = _polygon_distance(x, y, num_sides, inradius) if num_sides else np.hypot(x, y) - inradius
-    inside = (distance < 0).reshape(IMAGE_SIZE, _SUPERSAMPLING, IMAGE_SIZE, _SUPERSAMPLING).mean(axis=(1, 3))
+    inside = (distance < 0).reshape(height, _SUPERSAMPLING, width, _SUPERSAMPLING).mean(axis=(1, 3))
+    if channels == 1:
+        background, colour = (np.array([_GREY @ rgb]) for rgb in (background, colour))
     image = background[:, None, None] + (colour - background)[:, None, None] * inside
     return np.round(image * 255).astype(np.uint8)
 
 
-def draw_shapes(seed: int, first: int, count: int) -> np.ndarray:
-    """Images first..first+count-1 of the endless data set of this seed: (count, 3, 32, 32) uint8."""
-    return np.stack([draw_shape(np.random.default_rng([seed, index])) for index in range(first, first + count)])
+def draw_shapes(seed: int, first: int, count: int, image_shape: tuple[int, int, int] = IMAGE_SHAPE) -> np.ndarray:
+    """Images first..first+count-1 of the endless data set of this seed: (count, C, H, W) uint8."""
+    indices = range(first, first + count)
+    return np.stack([draw_shape(np.random.default_rng([seed, index]), image_shape) for index in indices])

@@ -7,7 +7,7 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on only
 
-from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
+from modeling import IMAGE_CHANNELS, IMAGE_SHAPE, IMAGE_SIZE, build
 from modeling.checkpoint import export_weights, load_tensors, load_weights
 from modeling.config import Config, Trained, parse
 from modeling.interchange.network import from_diffusers, image_shape, to_diffusers, unet_arguments
@@ -44,6 +44,8 @@ def write_pipeline(checkpoint: Path, folder: Path) -> None:
         config = parse(stored, Trained)
     if config.model.name != "ddpm":
         raise UserError(f"model.name must be ddpm for diffusers, got {config.model.name}")
+    if config.image_shape != IMAGE_SHAPE:
+        raise UserError(f"images must be of shape {IMAGE_SHAPE} to be exported, got {config.image_shape}")
     process = config.diffusion.model_dump(include={"num_timesteps", "schedule", "betas", "prediction"})
     scheduler = scheduler_config(**process)
     image = {"in_channels": IMAGE_CHANNELS, "out_channels": IMAGE_CHANNELS, "image_size": IMAGE_SIZE}
@@ -117,6 +119,7 @@ def read_pipeline(folder: Path, out: Path, config: Config) -> None:
     """
     path, unet = _read_config(folder, UNET, ("UNet2DModel",))
     values = config.model_dump()
+    values["dataset"] |= {"image_size": None, "channels": None}  # whose images `_check_images` asks for
     with reading(path, "network of this project"):
         _check_images(unet)  # first: what else a network for other images has is not the reason
         arguments = unet_arguments(unet)

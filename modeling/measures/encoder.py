@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modeling import IMAGE_SIZE
+from modeling import IMAGE_SHAPE
 from modeling.checkpoint import CheckpointError, export_weights, load_fitting, load_weights
 from modeling.runtime import place
 from modeling.system.errors import UserError
@@ -66,8 +66,8 @@ class Encoder(nn.Module):
         Raises:
             UserError: for another shape.
         """
-        if x.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise UserError(f"the encoder takes images (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), got {tuple(x.shape)}")
+        if x.shape[1:] != IMAGE_SHAPE:
+            raise UserError(f"the encoder takes images (N, {', '.join(map(str, IMAGE_SHAPE))}), got {tuple(x.shape)}")
         return self.body(x).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:

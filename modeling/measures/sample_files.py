@@ -17,9 +17,9 @@ from modeling.system.reading import parse_json, reading_arrays
 
 
 def write_samples(images: Tensor, identity: dict, out: Path) -> None:
-    """Writes images (N, 3, H, W) uint8 as the kind that `out` names: *.npz, or else a folder of PNG files.
+    """Writes images (N, C, H, W) uint8 as the kind that `out` names: *.npz, or else a folder of PNG files.
 
-    The .npz holds `arr_0`, (N, H, W, 3) as other projects' evaluation expects it, and `identity`, a JSON text.
+    The .npz holds `arr_0`, (N, H, W, C) as other projects' evaluation expects it, and `identity`, a JSON text.
     """
     if out.suffix == ".npz":
         buffer = io.BytesIO()
@@ -30,7 +30,7 @@ def write_samples(images: Tensor, identity: dict, out: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
         digits = len(str(len(images) - 1))
         for number, image in enumerate(images):
-            write_atomically(new / f"{number:0{digits}d}.png", encode_png(image))
+            write_atomically(new / f"{number:0{digits}d}.png", encode_png(image.expand(3, -1, -1)))
         write_atomically(new / IDENTITY, encode_identity(identity))
         if (out / IDENTITY).exists():  # made by this function, and asked to be replaced
             shutil.rmtree(out)
@@ -38,7 +38,7 @@ def write_samples(images: Tensor, identity: dict, out: Path) -> None:
 
 
 def read_samples(path: Path, remedy: str = "") -> tuple[Tensor, dict]:
-    """Images (N, 3, H, W) uint8 and their identity from an .npz of `write_samples`, or of another project.
+    """Images (N, C, H, W) uint8 and their identity from an .npz of `write_samples`, or of another project.
 
     Raises:
         UserError: for a file that holds no such array.
@@ -47,6 +47,6 @@ def read_samples(path: Path, remedy: str = "") -> tuple[Tensor, dict]:
     with reading_arrays(path, ".npz with an array arr_0", remedy) as archive:
         images = archive["arr_0"]
         identity = parse_json(str(archive["identity"]), dict[str, Any]) if "identity" in archive else {}
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"expected uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise ValueError(f"expected uint8 (N, H, W, 3) or (N, H, W, 1), got {images.dtype} {images.shape}")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), identity

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from modeling import IMAGE_SHAPE
 from modeling.images import encode_png
 from modeling.measures.distances import measure_distances
 from modeling.measures.evaluation_file import Record
@@ -12,6 +13,7 @@ from modeling.measures.features import Features, extract_features
 from modeling.measures.neighbours import draw_neighbours, memorisation_ratio, nearest_neighbours
 from modeling.measures.subject import Subject
 from modeling.options import REPOSITORY
+from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
 
 _SHOWN, _NEIGHBOURS = 10, 5  # samples in the picture of neighbours, and neighbours of each
@@ -54,10 +56,18 @@ class DistanceMeasure:
         )  # fmt: skip
 
 
+def _check_images(subject: Subject, name: str, fits: str, is_fitting: bool) -> None:
+    if not is_fitting:
+        rest = ",".join(measure for measure in subject.options.measures if measure != name) or "bits_per_dim"
+        shape = subject.trained.image_shape
+        raise UserError(f"measures: {name} is for {fits} only, got images of shape {shape}: set measures=[{rest}]")
+
+
 class InceptionMeasure(DistanceMeasure):
     """FID and what comes with it."""
 
     def __init__(self, subject: Subject):
+        _check_images(subject, "fid", "images in colour", subject.trained.image_shape[0] == 3)
         extractor = load_inception(subject.options.inception_weights, subject.trained.device)
         super().__init__(subject, extractor, batch_size=50)
 
@@ -66,6 +76,7 @@ class EncoderMeasure(DistanceMeasure):
     """Distances in the project's own features; and the nearest training images, in a picture and as a ratio."""
 
     def __init__(self, subject: Subject):
+        _check_images(subject, "encoder", f"images of shape {IMAGE_SHAPE}", subject.trained.image_shape == IMAGE_SHAPE)
         path = subject.options.encoder or REPOSITORY / "encoders" / "cifar10.safetensors"
         extractor = load_own_encoder(path, subject.trained.device)
         super().__init__(subject, extractor, batch_size=250)

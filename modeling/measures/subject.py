@@ -15,6 +15,7 @@ from modeling.measures.sample_files import read_samples, write_samples
 from modeling.measures.trained import LINEAR, TrainedModel, fit_linear, load_trained
 from modeling.options import REPOSITORY, EvaluateConfig
 from modeling.stage import load_manifest
+from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
 from modeling.system.processes import ALONE, Processes
 from modeling.system.reading import reading
@@ -132,4 +133,10 @@ def load_subject(options: EvaluateConfig, processes: Processes = ALONE) -> Subje
     else:
         trained, stored = load_trained(options, processes)
         data = load_data(stored_data(options.checkpoint, stored) if options.data is None else Path(options.data))
-    return Subject(trained, data, Samples(trained, options), options)
+    samples, shape = Samples(trained, options), tuple(data.train.shape[1:])
+    if trained.image_shape != shape:
+        raise UserError(f"the images of {options.checkpoint} have shape {trained.image_shape}, those of data {shape}")
+    if samples.given is not None and samples.given.shape[1:] != shape:
+        given = tuple(samples.given.shape[1:])
+        raise UserError(f"samples={options.samples}: images of shape {given}, expected those of data, {shape}")
+    return Subject(trained, data, samples, options)

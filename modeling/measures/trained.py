@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling import IMAGE_CHANNELS, IMAGE_SIZE, build
+from modeling import IMAGE_SHAPE, build
 from modeling.checkpoint import load_weights
 from modeling.config import Trained, parse
 from modeling.diffusion import DiffusionModel
@@ -25,7 +25,6 @@ from modeling.system.processes import ALONE, Processes
 from modeling.system.progress import progress_bar
 from modeling.system.reading import reading
 
-SIZE = (IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
 LINEAR = {"linear": False, "gaussian": True}  # names instead of a checkpoint -> whether isotropic
 LINEAR_BETAS, LINEAR_TIMESTEPS = (1e-4, 0.02), 1000  # the paper's process
 
@@ -37,16 +36,24 @@ class TrainedModel:
         options: how images are drawn from it, and on which machine.
         model: on the CPU.
         identity: of its weights, plain values.
+        image_shape: (C, H, W) of its images.
         processes: that share the work.
 
     Raises:
         UserError: for options that the machine or the model does not have.
     """
 
-    def __init__(self, options: Sampling, model: DiffusionModel, identity: dict, processes: Processes = ALONE):
+    def __init__(
+        self,
+        options: Sampling,
+        model: DiffusionModel,
+        identity: dict,
+        image_shape: tuple[int, int, int] = IMAGE_SHAPE,
+        processes: Processes = ALONE,
+    ):
         self.device, self.precision = build.build_runtime(options)
         processes.use(self.device)
-        self.options, self.processes = options, processes
+        self.options, self.image_shape, self.processes = options, image_shape, processes
         self.num_steps = model.num_timesteps if options.num_steps is None else options.num_steps
         if self.num_steps > model.num_timesteps:
             raise UserError(f"num_steps must be at most {model.num_timesteps}, got {options.num_steps}")
@@ -74,7 +81,7 @@ class TrainedModel:
         Every process gets all of them.
 
         Returns:
-            (N, 3, H, W) uint8.
+            (N, C, H, W) uint8.
 
         Raises:
             FloatingPointError: for a sample that is not finite.
@@ -85,8 +92,9 @@ class TrainedModel:
 
             def draw(start: int, count: int) -> Tensor:
                 images = sample_images(
-                    self.model, count, SIZE, self.device, self.sampler, seed=self.options.seed, first_image=start,
-                    precision=self.precision, bar=advancing(bar, start * num_steps, count * self.processes.count),
+                    self.model, count, self.image_shape, self.device, self.sampler, seed=self.options.seed,
+                    first_image=start, precision=self.precision,
+                    bar=advancing(bar, start * num_steps, count * self.processes.count),
                 )  # fmt: skip
                 check_finite(images, "a sample", self.precision)
                 return to_uint8(images)
@@ -115,7 +123,8 @@ def load_trained(options: Sampling, processes: Processes = ALONE) -> tuple[Train
     with reading(path, "trained model of this project"):
         config = parse(stored, Trained)
     identity = {"checkpoint": path.name, "checkpoint_sha256": digest, "weights": options.weights}
-    return TrainedModel(options, build.build_trained_model(config, weights), identity, processes), stored
+    model = build.build_trained_model(config, weights)
+    return TrainedModel(options, model, identity, config.image_shape, processes), stored
 
 
 def fit_linear(options: Sampling, images: Tensor, images_sha256: str, processes: Processes = ALONE) -> TrainedModel:
@@ -124,4 +133,5 @@ def fit_linear(options: Sampling, images: Tensor, images_sha256: str, processes:
     denoiser = fit_linear_denoiser(to_model_range(images), abar, is_isotropic=LINEAR[options.checkpoint])
     model = DiffusionModel(denoiser, LINEAR_BETAS, LINEAR_TIMESTEPS)
     identity = {"checkpoint": options.checkpoint, "fitted_to_sha256": images_sha256}
-    return TrainedModel(options, model, identity, processes)
+    _, channels, height, width = images.shape
+    return TrainedModel(options, model, identity, (channels, height, width), processes)

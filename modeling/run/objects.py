@@ -59,8 +59,9 @@ class Run:
     ):
         self.config, self.folder, self.device, self.precision = config, folder, device, precision
         self.last_step, self.processes = last_step, processes
+        _, height, width = config.dataset.image_shape
         self.micro_batch_size = resolve_micro_batch_size(
-            config.runtime.micro_batch_size, device, config.train.batch_size, config.model.hidden_size
+            config.runtime.micro_batch_size, device, config.train.batch_size, config.model.hidden_size, height * width
         )
         share = processes.share(config.train.batch_size, self.micro_batch_size)
         data = config.dataset.folder
@@ -179,7 +180,6 @@ class Run:
 
     def sample(self, tracker: Tracker) -> None:
         """Grids from raw and averaged weights, with the same noise every time."""
-        _, channels, height, width = self.images["train"].shape
         sampler = Sampler(num_steps=min(self.config.train.sample_steps, self.model.num_timesteps))
         about = {"sampler": sampler.name, "num_steps": sampler.num_steps, "seed": self.config.seed}
         for kind, model in (("raw", self.model), ("ema", self.ema_model)):
@@ -188,7 +188,7 @@ class Run:
                 self.device,
                 self.folder.path / "samples" / kind / f"{self.state.step}.png",
                 num_samples=self.config.train.num_samples,
-                size=(channels, height, width),
+                size=self.config.dataset.image_shape,
                 sampler=partial(
                     sample_images,
                     sampler=sampler,

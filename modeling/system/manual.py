@@ -58,7 +58,7 @@ def _allowed(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "anyOf" in entry:
         return " or ".join(_allowed(one, definitions) for one in entry["anyOf"])
     if "enum" in entry:
-        return ", ".join(entry["enum"])
+        return ", ".join(map(str, entry["enum"]))
     kind = entry["type"]
     if kind == "string":
         return entry.get("format", "text")

@@ -111,7 +111,13 @@ def test_weights_that_are_not_finite_end_a_measure_in_one_line(finished_run, mea
     assert not Path("evaluation/evaluation.json").exists()
 
 
-@pytest.mark.parametrize(("shape", "message"), [((12, 64, 64, 3), "takes images"), ((9, 32, 32, 3), "N at least 10")])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((12, 64, 64, 3), r"samples=theirs.npz: images of shape \(3, 64, 64\), expected"),
+        ((9, 32, 32, 3), "N at least 10"),
+    ],
+)
 def test_samples_that_cannot_be_measured_are_rejected(measure, capsys, shape, message):
     np.savez("theirs.npz", arr_0=np.zeros(shape, dtype=np.uint8))
     with ends_in_error(capsys, message):
