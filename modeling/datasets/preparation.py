@@ -141,7 +141,7 @@ def _content(images: Images, shape: tuple[int, ...], desc: str) -> Iterator[byte
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     yield header.getvalue()
     step = max(1, CHUNK_BYTES // math.prod(shape[1:]))
-    for start in progress_bar(range(0, images.count, step), desc=desc, leave=False):
+    for start in progress_bar(range(0, images.count, step), desc=desc):
         yield np.ascontiguousarray(images.take(start, min(start + step, images.count))).data
 
 

@@ -99,10 +99,10 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_result(
 @pytest.mark.long
 @pytest.mark.fault("SIGKILL")
 def test_a_killed_preparation_leaves_nothing_that_is_taken_for_data(tmp_path, record_property):
-    moments, options = random.Random(1), ("dataset=shapes", "dataset.num_images=1500", f"dataset.root={tmp_path}")
-    for _ in range(8):
-        with start_script("prepare_data.py", *options) as process:
-            wait_for(process, "drawing test")
+    moments, options = random.Random(1), ("dataset=shapes", f"dataset.root={tmp_path}", "dataset.num_images=1500")
+    for number in range(8):
+        with start_script("prepare_data.py", *options[:2], f"dataset.num_images={1400 + number}") as process:
+            assert "writing test.npy" in wait_for(process, "writing test.npy")
             time.sleep(moments.uniform(0, 1.3))
             process.kill()
     code, output = run_to_end("prepare_data.py", *options)
