@@ -24,10 +24,10 @@ from modeling.system.signals import stopping_on_signals
 def main(options: EvaluateConfig) -> None:
     check_writable(Path(options.out) / "evaluation.json")
     with stopping_on_signals():
+        from modeling.distributed.launcher import joined
         from modeling.measures.evaluation_file import FILE, describe_record
         from modeling.measures.plan import take_measures
         from modeling.measures.subject import load_subject
-        from modeling.system.launcher import joined
 
         with joined() as processes:
             subject = load_subject(options, processes)

@@ -32,11 +32,11 @@ def main(options: SampleConfig) -> None:
     if out.is_dir() and not (out / "identity.json").exists():
         raise UserError(f"out={out}: this folder does not hold samples, so it is not replaced")
     with stopping_on_signals():
+        from modeling.distributed.launcher import joined
         from modeling.images import encode_png, save_grid
         from modeling.measures import explain
         from modeling.measures.sample_files import write_samples
         from modeling.measures.trained import load_trained
-        from modeling.system.launcher import joined
         from modeling.system.progress import progress_bar
 
         with joined() as processes:

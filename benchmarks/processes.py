@@ -9,8 +9,8 @@ from torch import Tensor, distributed
 
 from benchmarks.contender import Contender
 from benchmarks.training import our_run, our_training
-from modeling.system.launcher import joined
-from modeling.system.processes import Processes
+from modeling.distributed.launcher import joined
+from modeling.distributed.processes import Processes
 from modeling.system.signals import uninterrupted
 
 

@@ -20,6 +20,7 @@ from benchmarks.contender import (
 from modeling import build
 from modeling.config import Config
 from modeling.data import load_images
+from modeling.distributed.processes import ALONE, Processes
 from modeling.images import to_model_range
 from modeling.run.folder import RunFolder
 from modeling.run.identity import identify
@@ -27,7 +28,6 @@ from modeling.run.objects import Run
 from modeling.runtime import autocast, keep_freed_memory, resolve_device
 from modeling.schedules import get_schedules
 from modeling.stage import read_manifest
-from modeling.system.processes import ALONE, Processes
 from modeling.system.signals import uninterrupted
 
 

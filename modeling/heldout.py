@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from modeling.diffusion import DiffusionModel, evaluating
+from modeling.distributed.processes import ALONE, Processes
 from modeling.images import to_model_range
 from modeling.runtime import autocast, check_finite
 from modeling.seeding import Purpose, draw_normal
-from modeling.system.processes import ALONE, Processes
 from modeling.system.progress import progress_bar
 
 _SEED = 0  # not the run's seed: every run is measured with the same noise

@@ -15,11 +15,11 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from modeling.diffusion import DiffusionModel, evaluating
+from modeling.distributed.shares import first_half
 from modeling.images import save_grid
 from modeling.layers import half_copies
 from modeling.runtime import DTYPES, autocast
 from modeling.system.progress import progress_bar
-from modeling.system.shares import first_half
 
 
 def backward(

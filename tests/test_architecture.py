@@ -18,11 +18,12 @@ HYDRA_SCRIPTS = {"main", "prepare_data", "sample", "evaluate", "convert", "train
 
 # What the modules of each room import beside their own: other rooms, and of the core the named modules or all of it.
 ALLOWED = {
-    "core": {"system"},
+    "core": {"system", "distributed"},
     "system": set(),
+    "distributed": {"system"},
     "datasets": {"system", "core.sections", "core.stage"},
-    "run": {"system", "core"},
-    "measures": {"system", "core"},
+    "run": {"system", "distributed", "core"},
+    "measures": {"system", "distributed", "core"},
     "interchange": {"system", "core"},
     "comparison": {"system", "run.identity", "core.options"},
 }

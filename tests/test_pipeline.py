@@ -19,8 +19,8 @@ DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = DVC_YAML["stages"]
 PARAMS = leaves(yaml.safe_load((ROOT / "params.yaml").read_text()))
 WITHOUT_EFFECT = {
-    "runtime.keep_freed_memory", "runtime.num_threads", "runtime.num_workers", "runtime.name", "runtime.output_dir",
-    "runtime.resume", "runtime.max_seconds", "runtime.checkpoint_seconds",
+    "runtime.keep_freed_memory", "runtime.num_threads", "runtime.num_workers", "runtime.processes",
+    "runtime.name", "runtime.output_dir", "runtime.resume", "runtime.max_seconds", "runtime.checkpoint_seconds",
     "runtime.keep_checkpoints", "wandb.mode", "wandb.project", "wandb.name",
     "wandb.entity", "wandb.group", "wandb.tags", "wandb.notes",
 }  # fmt: skip

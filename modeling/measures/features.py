@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.distributed.processes import ALONE, Processes
 from modeling.measures.encoder import images_sha256
 from modeling.measures.extractors import Extractor
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
-from modeling.system.processes import ALONE, Processes
 from modeling.system.progress import progress_bar
 from modeling.system.reading import reading_arrays
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from modeling.distributed.processes import ALONE, Processes
 from modeling.system.errors import UserError
 from modeling.system.files import locked, npy_bytes, write_atomically
-from modeling.system.processes import ALONE, Processes
 from modeling.system.reading import parse_json, read_array, read_json
 
 Item = TypeVar("Item")

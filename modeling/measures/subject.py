@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modeling.config import TrainedOn, parse
 from modeling.data import load_images
+from modeling.distributed.processes import ALONE, Processes
 from modeling.images import save_grid
 from modeling.measures.resumable import as_stored
 from modeling.measures.sample_files import read_samples, write_samples
@@ -17,7 +18,6 @@ from modeling.options import REPOSITORY, EvaluateConfig
 from modeling.stage import load_manifest
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
-from modeling.system.processes import ALONE, Processes
 from modeling.system.reading import reading
 
 

@@ -12,6 +12,7 @@ from modeling import IMAGE_SHAPE, build
 from modeling.checkpoint import load_weights
 from modeling.config import Trained, parse
 from modeling.diffusion import DiffusionModel
+from modeling.distributed.processes import ALONE, Processes
 from modeling.images import to_model_range, to_uint8
 from modeling.measures.linear_denoiser import fit_linear_denoiser
 from modeling.measures.resumable import advancing, draw_in_parts
@@ -21,7 +22,6 @@ from modeling.samplers import Sampler, sample_images
 from modeling.schedules import linear_betas, schedule_tables
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of
-from modeling.system.processes import ALONE, Processes
 from modeling.system.progress import progress_bar
 from modeling.system.reading import reading
 

@@ -13,6 +13,7 @@ from modeling import build
 from modeling.checkpoint import Checkpoint, CheckpointError, load_fitting
 from modeling.config import Config
 from modeling.data import load_images
+from modeling.distributed.processes import ALONE, Processes
 from modeling.ema import Ema
 from modeling.heldout import denoising_loss
 from modeling.run.bookkeeping import Bookkeeping, TrainState
@@ -25,7 +26,6 @@ from modeling.samplers import Sampler, sample_images
 from modeling.stage import Manifest
 from modeling.system.errors import UserError
 from modeling.system.files import sha256_of, write_json
-from modeling.system.processes import ALONE, Processes
 from modeling.system.progress import progress_bar
 from modeling.system.reading import read_yaml
 from modeling.training import generate_samples

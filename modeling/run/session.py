@@ -14,6 +14,8 @@ from pathlib import Path
 from modeling import build
 from modeling.checkpoint import Checkpoint, CheckpointError, export_weights, load_checkpoint
 from modeling.config import Config, to_yaml
+from modeling.distributed.launcher import joined
+from modeling.distributed.processes import Processes
 from modeling.images import save_grid
 from modeling.run.folder import RunFolder, describe_state
 from modeling.run.identity import (
@@ -32,8 +34,6 @@ from modeling.run.records import build_tracker
 from modeling.stage import Manifest, repository
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
-from modeling.system.launcher import joined
-from modeling.system.processes import Processes
 from modeling.system.signals import Stopped
 
 ARTEFACTS = (

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from modeling.diffusion import DiffusionModel
+from modeling.distributed.processes import ALONE, Processes
 from modeling.ema import Ema
 from modeling.images import to_model_range
 from modeling.run.bookkeeping import TrainState
 from modeling.run.loss_scale import LossScale
 from modeling.seeding import Purpose, derive_seed, draw_integers, draw_normal
-from modeling.system.processes import ALONE, Processes
 from modeling.training import backward, gradients_of
 
 

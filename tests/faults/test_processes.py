@@ -34,7 +34,7 @@ runpy.run_path("main.py", run_name="__main__")
 """
 IMPATIENT = """
 import runpy
-from modeling.system import agreement
+from modeling.distributed import agreement
 agreement.NUM_WAITS = 3
 runpy.run_path("main.py", run_name="__main__")
 """

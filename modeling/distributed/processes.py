@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from modeling.system.agreement import Agreement
+from modeling.distributed.agreement import Agreement
+from modeling.distributed.shares import Share, share_of, sum_as_tree
 from modeling.system.errors import UserError
-from modeling.system.shares import Share, share_of, sum_as_tree
 from modeling.system.signals import uninterrupted
 
 Item = TypeVar("Item")

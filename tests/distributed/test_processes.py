@@ -8,12 +8,12 @@ import torch
 from torch.optim import Adam
 
 from modeling.data import Batches
+from modeling.distributed.processes import ALONE, Processes
+from modeling.distributed.shares import Share, sum_as_tree
 from modeling.ema import Ema
 from modeling.run.bookkeeping import TrainState
 from modeling.run.step import Step
 from modeling.system.errors import UserError
-from modeling.system.processes import ALONE, Processes
-from modeling.system.shares import Share, sum_as_tree
 from modeling.training import gradients_of
 from tests.helpers import random_images, small_model
 

@@ -16,8 +16,8 @@ from torch import distributed
 from torch.distributed import TCPStore
 from torch.distributed.rendezvous import rendezvous
 
+from modeling.distributed.processes import ALONE, Processes
 from modeling.system.errors import UserError, errors_in_one_line
-from modeling.system.processes import ALONE, Processes
 from modeling.system.signals import STOPPING, stopping_on_signals
 from modeling.system.startup import available_cpus
 

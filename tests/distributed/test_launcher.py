@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
+from modeling.distributed.launcher import joined
+from modeling.distributed.processes import ALONE, Processes
 from modeling.system.errors import UserError
-from modeling.system.launcher import joined
-from modeling.system.processes import ALONE, Processes
 from modeling.system.startup import available_cpus
 
 

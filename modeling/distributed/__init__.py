@@ -1,0 +1,1 @@
+"""Several processes that work together, through torch.distributed: how they meet, share the work and end."""
