@@ -14,7 +14,7 @@ class Training:
 
     Args:
         run: the objects of the run.
-        tracker: gets the log lines and the grids; None in a process that shares the steps and writes nothing.
+        tracker: gets the log lines and the grids; None in a process that shares the work and writes nothing.
     """
 
     def __init__(self, run: Run, tracker: Tracker | None):
@@ -72,9 +72,6 @@ class Training:
             self.books.note_checkpoint()
 
     def sample(self) -> None:
-        """Writes the grids of this step."""
-        self.step.processes.expect_pause()
-        if self.tracker is None:
-            return
+        """Samples the grids of this step, which the processes share."""
         with self.books.clock.paused():
             self.run.sample(self.tracker)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from modeling import build
 from modeling.checkpoint import Checkpoint, CheckpointError, load_fitting
@@ -16,6 +17,7 @@ from modeling.data import load_images
 from modeling.distributed.processes import ALONE, Processes
 from modeling.ema import Ema
 from modeling.heldout import denoising_loss
+from modeling.images import save_grid
 from modeling.run.bookkeeping import Bookkeeping, TrainState
 from modeling.run.folder import RunFolder, describe_state
 from modeling.run.identity import ROOT, describe_differences, differences
@@ -28,7 +30,6 @@ from modeling.system.errors import UserError
 from modeling.system.files import sha256_of, write_json
 from modeling.system.progress import progress_bar
 from modeling.system.reading import read_yaml
-from modeling.training import generate_samples
 
 
 class Run:
@@ -178,38 +179,41 @@ class Run:
             optimizer=self.optimizer,
         )
 
-    def sample(self, tracker: Tracker) -> None:
-        """Grids from raw and averaged weights, with the same noise every time."""
+    def sample(self, tracker: Tracker | None) -> None:
+        """Grids from raw and averaged weights, with the same noise every time; whoever has a tracker writes them."""
+        models = {"raw": self.model, "ema": self.ema_model}
         sampler = Sampler(num_steps=min(self.config.train.sample_steps, self.model.num_timesteps))
-        about = {"sampler": sampler.name, "num_steps": sampler.num_steps, "seed": self.config.seed}
-        for kind, model in (("raw", self.model), ("ema", self.ema_model)):
-            grid = generate_samples(
-                model,
-                self.device,
-                self.folder.path / "samples" / kind / f"{self.state.step}.png",
-                num_samples=self.config.train.num_samples,
-                size=self.config.dataset.image_shape,
-                sampler=partial(
-                    sample_images,
-                    sampler=sampler,
-                    seed=self.config.seed,
-                    precision=self.precision,
-                    bar=partial(progress_bar, desc=f"sampling ({kind})", leave=False),
-                ),
-                about={"step": self.state.step, "weights": kind, **about},
-            )
-            tracker.image(self.state.step, f"samples/{kind}", grid)
 
-    def measure(self, tracker: Tracker) -> None:
-        """Measures the trained model; writes the tables that DVC plots, details.json and, last, metrics.json."""
+        def draw(kind: str) -> Tensor:
+            bar = partial(progress_bar, desc=f"sampling ({kind})", leave=False)
+            return sample_images(
+                models[kind], self.config.train.num_samples, self.config.dataset.image_shape, self.device, sampler,
+                seed=self.config.seed, precision=self.precision, bar=bar,
+            ).cpu()  # fmt: skip
+
+        for kind, images in zip(models, self.processes.map(draw, list(models)), strict=True):
+            if tracker is not None:
+                path = self.folder.path / "samples" / kind / f"{self.state.step}.png"
+                about = {"step": self.state.step, "weights": kind, "sampler": sampler.name}
+                about |= {"num_steps": sampler.num_steps, "seed": self.config.seed}
+                tracker.image(self.state.step, f"samples/{kind}", save_grid(images, path, about=about))
+
+    def measure(self, tracker: Tracker | None) -> None:
+        """Measures the trained model, by all processes.
+
+        The one with a tracker writes the tables that DVC plots, details.json and, last, metrics.json.
+        """
         losses, bins = {}, {}
         for split, label in (("train", "train"), ("test", "heldout")):
             images = self.images[split][: self.config.train.num_eval_images]
             for kind, model in (("raw", self.model), ("ema", self.ema_model)):
                 name = f"eval/{label}_{kind}"
                 losses[name], bins[name] = denoising_loss(
-                    model, images, self.device, precision=self.precision, desc=f"loss ({label}, {kind})"
-                )
+                    model, images, self.device, precision=self.precision, desc=f"loss ({label}, {kind})",
+                    processes=self.processes,
+                )  # fmt: skip
+        if tracker is None:
+            return
         tracker.log(self.state.step, losses)
         write_csv(
             self.folder.path / "loss.csv",

@@ -1,6 +1,6 @@
 """What a process does for a run: it identifies the run, claims its folder, resumes it and writes its files.
 
-Of several processes the first does that; the others share its training steps.
+Of several processes the first does that; the others share its training steps, grids and losses.
 
 The folder holds config.yaml, metrics.jsonl, samples/, checkpoints/ (the full state), model.safetensors (averaged
 weights), details.json and metrics.json, which is written last: a run is finished exactly if it exists.
@@ -156,6 +156,7 @@ def _train(config: Config, manifest: Manifest, processes: Processes, *, replace:
             _carry_out(run)
         else:
             Training(run, None).fit()
+            run.measure(None)
     return path
 
 

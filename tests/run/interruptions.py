@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from modeling import training
+from modeling import samplers, training
 from modeling.run import folder, objects, session
 from modeling.run.objects import Run
 from modeling.run.step import Step
@@ -27,8 +27,8 @@ def crash(tiny, monkeypatch, stop_at: int, *overrides: str) -> None:
 
 PHASES = {  # what is called in it -> the step of TINY that is saved
     "training": (training, "autocast", 0),
-    "sampling": (training, "evaluating", 4),
-    "writing a grid": (training, "save_grid", 4),
+    "sampling": (samplers, "evaluating", 4),
+    "writing a grid": (objects, "save_grid", 4),
     "saving": (folder, "save_checkpoint", 5),
     "exporting": (session, "export_weights", 8),
     "evaluation": (objects, "denoising_loss", 8),
