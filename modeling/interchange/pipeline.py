@@ -7,7 +7,7 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on only
 
-from modeling import IMAGE_CHANNELS, IMAGE_SHAPE, IMAGE_SIZE, build
+from modeling import build
 from modeling.checkpoint import export_weights, load_tensors, load_weights
 from modeling.config import Config, Trained, parse
 from modeling.interchange.network import from_diffusers, image_shape, to_diffusers, unet_arguments
@@ -44,12 +44,13 @@ def write_pipeline(checkpoint: Path, folder: Path) -> None:
         config = parse(stored, Trained)
     if config.model.name != "ddpm":
         raise UserError(f"model.name must be ddpm for diffusers, got {config.model.name}")
-    if config.image_shape != IMAGE_SHAPE:
-        raise UserError(f"images must be of shape {IMAGE_SHAPE} to be exported, got {config.image_shape}")
     process = config.diffusion.model_dump(include={"num_timesteps", "schedule", "betas", "prediction"})
     scheduler = scheduler_config(**process)
-    image = {"in_channels": IMAGE_CHANNELS, "out_channels": IMAGE_CHANNELS, "image_size": IMAGE_SIZE}
+    channels, height, width = config.image_shape
+    image = {"in_channels": channels, "out_channels": channels, "image_size": height}
     unet, weights = to_diffusers(config.model.model_dump(exclude={"name"}) | image, weights)
+    if width != height:
+        unet["sample_size"] = [height, width]
 
     write_atomically(folder / Path(UNET).with_name(WEIGHTS[0]), save(weights, metadata={"format": "pt"}))
     _write_config(folder / UNET, "UNet2DModel", unet)
@@ -94,24 +95,21 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _check_images(unet: dict[str, Any]) -> None:
-    """Raises UserError unless the network is for the images of this project."""
-    expected = IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE
-    if (found := image_shape(unet)) != expected:
-        channels, height, width = found
-        raise UserError(
-            f"in_channels must be {IMAGE_CHANNELS} and sample_size {IMAGE_SIZE}, got {channels} and "
-            f"{height if height == width else [height, width]}"
-        )
-    if (found := unet.get("out_channels")) != IMAGE_CHANNELS:
-        raise UserError(f"out_channels must be {IMAGE_CHANNELS}, got {found}: a learned variance is not supported")
+def _check_channels(unet: dict[str, Any]) -> None:
+    """Raises UserError unless the network is for grey or colour images."""
+    channels, found = unet.get("in_channels"), unet.get("out_channels")
+    if channels not in (1, 3):
+        raise UserError(f"in_channels must be 1 or 3, got {channels}")
+    if found != channels:
+        raise UserError(f"out_channels must be {channels}, got {found}: a learned variance is not supported")
 
 
 def read_pipeline(folder: Path, out: Path, config: Config) -> None:
     """Writes a DDPMPipeline's or DDIMPipeline's folder as our checkpoint.
 
     Args:
-        config: the checkpoint's, except for the model and the diffusion process, which are the folder's.
+        config: the checkpoint's, except for the model and the diffusion process, which are the folder's; and the data
+            set, where its images are of another size than the folder's.
 
     Raises:
         FileNotFoundError: if a file of the pipeline is missing.
@@ -119,9 +117,11 @@ def read_pipeline(folder: Path, out: Path, config: Config) -> None:
     """
     path, unet = _read_config(folder, UNET, ("UNet2DModel",))
     values = config.model_dump()
-    values["dataset"] |= {"image_size": None, "channels": None}  # whose images `_check_images` asks for
     with reading(path, "network of this project"):
-        _check_images(unet)  # first: what else a network for other images has is not the reason
+        _check_channels(unet)  # first: what else a network for other images has is not the reason
+        channels, height, width = image_shape(unet)
+        if (channels, height, width) != config.dataset.image_shape:
+            values["dataset"] = {"image_size": [height, width], "channels": channels}
         arguments = unet_arguments(unet)
         values["model"] = {"name": "ddpm", **{key: arguments[key] for key in Model.model_fields if key in arguments}}
         parse(values, Trained)
