@@ -1,7 +1,7 @@
 """The assignment's UNet: blocks of three convolutions, and the time added at two places only.
 
-It is exactly as the course defines it. Its time embedding is weak and it cannot remove the last of the noise; for good
-samples use `modeling.ddpm_unet`.
+It is as the course defines it, except that a residual form is divided by sqrt(2) where the course has 1.414. Its time
+embedding is weak and it cannot remove the last of the noise; for good samples use `modeling.ddpm_unet`.
 """
 
 import math
