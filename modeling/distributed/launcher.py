@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from modeling.distributed.processes import ALONE, Processes
 from modeling.system.errors import UserError, errors_in_one_line
-from modeling.system.signals import STOPPING, stopping_on_signals
+from modeling.system.signals import STOPPING, stopping_on_signals, uninterrupted
 from modeling.system.startup import available_cpus
 
 JOIN_SECONDS = 300  # for all processes to start
@@ -111,7 +111,8 @@ def _others(count: int, num_threads: int | None, work: Callable[[], object]) -> 
     place = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "OMP_NUM_THREADS": share}
     processes: list[subprocess.Popen] = []
     try:
-        processes += (_start(place | {"RANK": rank, "LOCAL_RANK": rank}, work) for rank in range(1, count))
+        with uninterrupted():  # each that is started is in the list
+            processes += (_start(place | {"RANK": rank, "LOCAL_RANK": rank}, work) for rank in range(1, count))
         while not store.check([_presence(rank) for rank in range(1, count)]):
             for rank, process in enumerate(processes, 1):
                 if process.poll() is not None:

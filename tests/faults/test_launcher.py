@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -54,6 +55,18 @@ def test_each_way_to_end_has_its_exit_code_and_the_same_command_resumes(
     assert output.count("/samples/ema/100.png") == output.count("training: 100%") == 1
     assert equal(result(folder), whole)
     record_property("outcome", f"{name}: two processes ended at step {step} with {code}, resumed: equal to one")
+
+
+def test_ctrl_c_while_the_others_start_ends_all_without_a_traceback(tmp_path, tiny_data):
+    options = [*PARTS, "runtime.processes=4", f"dataset.root={tiny_data}", f"runtime.output_dir={tmp_path / 'run'}"]
+    with start_script("main.py", *options, start_new_session=True) as process:
+        while len(others := psutil.Process(process.pid).children(recursive=True)) < 3:
+            time.sleep(0.01)
+        time.sleep(0.7)  # they import torch
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate()[0]
+    assert (process.returncode, output) == (130, "\nSIGINT: stopping\n")
+    assert not psutil.wait_procs(others, timeout=5)[1]
 
 
 def test_the_others_end_when_the_first_is_killed(tmp_path, tiny_data):

@@ -1,5 +1,6 @@
 """Where a run starts: from which state, in which folder, and what is rejected."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -7,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from modeling.system.processes import Processes
 from omegaconf import OmegaConf
 
 import main
 from modeling.checkpoint import load_checkpoint
+from modeling.config import parse
+from modeling.run import session
+from modeling.stage import Manifest
 from tests.checkpoints import seal
 from tests.helpers import ends_in_error, equal, result, run_script, train
 from tests.run.interruptions import crash
@@ -211,6 +216,17 @@ def test_a_stage_replaces_a_longer_run_and_publishes_its_artefacts(tiny, monkeyp
         steps = {path.stem for path in Path("outputs/samples/ema").iterdir()}
         assert steps == {str(4 * epoch) for epoch in range(1, num_epochs + 1)}
         shutil.rmtree("outputs")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_0_alone_publishes(compose_config, monkeypatch, rank):
+    published = []
+    monkeypatch.setattr(session, "joined", lambda *_: contextlib.nullcontext(Processes(rank, 2)))
+    monkeypatch.setattr(session, "_train", lambda *_, **options: Path("run"))
+    monkeypatch.setattr(session, "_publish", lambda *paths: published.append(paths))
+    config, manifest = parse(compose_config()), Manifest(dataset={}, source="", files={})
+    assert session.train(config, manifest, outputs=Path("outputs")) == Path("run")
+    assert published == [(Path("run"), Path("outputs"))][rank:]
 
 
 @pytest.mark.slow
