@@ -62,7 +62,7 @@ def test_ctrl_c_while_the_others_start_ends_all_without_a_traceback(tmp_path, ti
     with start_script("main.py", *options, start_new_session=True) as process:
         while len(others := psutil.Process(process.pid).children(recursive=True)) < 3:
             time.sleep(0.01)
-        time.sleep(0.7)  # they import torch
+        time.sleep(0.2)  # they import torch
         os.killpg(process.pid, signal.SIGINT)
         output = process.communicate()[0]
     assert (process.returncode, output) == (130, "\nSIGINT: stopping\n")
