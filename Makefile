@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WITHOUT_GIT := $(if $(wildcard .git),,.dvc/config.local)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train report experiments plots restore record encoder configuration test test-isa test-faults test-long mutants bench check check-lock clean
+.PHONY: help demo train report experiments plots restore record weights encoder configuration test test-isa test-faults test-long mutants bench check check-lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ restore: .venv/installed ## after an experiment: params.yaml and outputs/ as com
 record: train ## after a change of what a stage computes: the recorded run again, and what to commit
 	@git status --short -- dvc.lock outputs
 	@echo "commit these files with the change; dvc.lock is true again"
+
+weights: .venv/dev ## after `make record`: its weights into weights/, their record, and the docs' picture of their samples
+	$(BIN)/python -m tests.published_weights
 
 encoder: .venv/installed ## train the classifier whose features stand in for Inception's (about 5 minutes on 2 cores)
 	$(BIN)/python train_encoder.py overwrite=true

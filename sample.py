@@ -1,5 +1,6 @@
 """Samples images from a checkpoint; needs nothing but the file.
 
+    python sample.py                                                       # from weights/cifar10.safetensors, in Git
     python sample.py checkpoint=runs/<run>/model.safetensors num_images=64            # a grid, samples.png
     python sample.py checkpoint=model.safetensors num_images=5000 out=samples.npz     # or out=FOLDER: PNG files
     python sample.py checkpoint=model.safetensors sampler=ddim num_steps=50 seed=3 out=ddim.png

@@ -13,6 +13,7 @@ from modeling.system.overrides import known_keys, nearest
 from modeling.system.values import PathText, PositiveFloat, PositiveInt, Section, Seed, Text
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # where the files that a script takes by default are
+PUBLISHED = Path("weights/cifar10.safetensors")  # the default of `checkpoint`
 
 
 def check_out(out: Path, overwrite: bool, *, is_folder: bool = False) -> None:
@@ -28,7 +29,12 @@ def check_out(out: Path, overwrite: bool, *, is_folder: bool = False) -> None:
 
 
 def weights_file(checkpoint: Path, weights: str = "ema") -> Path:
-    """The file of a run's folder (or of `outputs/`) that holds these weights; any other path as it is."""
+    """The file of a run's folder (or of `outputs/`) that holds these weights; any other path as it is.
+
+    The published file is found from any folder.
+    """
+    if checkpoint == PUBLISHED and not checkpoint.exists():
+        return REPOSITORY / PUBLISHED
     names = ["checkpoints/last.pt"] if weights == "raw" else ["model.safetensors", "checkpoints/last.pt"]
     return next((checkpoint / name for name in names if (checkpoint / name).is_file()), checkpoint)
 

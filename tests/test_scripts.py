@@ -72,7 +72,7 @@ def test_the_metrics_are_a_dozen_numbers_beside_details_of_bins_identity_and_mac
         (["main.py", "train.lrr=1"], "train.lrr: unknown key"),
         (["main.py", "dataset=shapes", "dataset.root=nowhere"], "run `python prepare_data.py dataset=shapes"),
         (["prepare_data.py", "seed=x"], "seed=x: input should be a valid integer"),
-        (["sample.py"], "checkpoint: missing, expected a value, as in `python sample.py checkpoint="),
+        (["convert.py"], "checkpoint: missing, expected a value, as in `python convert.py checkpoint="),
         (["main.py", "runtime.max_seconds=1e10"], "runtime.max_seconds=10000000000.0: input should be less than"),
         (["sample.py", "checkpoint=x.pt", "out=/dev/null/x.png"], "/dev/null/x.png: Not a directory"),
         (["evaluate.py", "checkpoint=linear", "out=/dev/null/x"], "/dev/null/x/evaluation.json: Not a directory"),

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 
+import convert
 import main
 import sample
 from modeling.system import manual
@@ -85,8 +86,9 @@ def test_the_help_of_a_script_explains_each_key_with_what_will_run(printed):
 
 
 def test_the_help_of_a_script_has_its_own_alternatives_only(printed):
+    assert "\n  checkpoint=...  (path)\n" in printed(convert, "--help")
     text = printed(sample, "--help")
-    assert "\n  checkpoint=...  (path)\n" in text
+    assert "\n  checkpoint=weights/cifar10.safetensors  (path)\n" in text
     assert "Named alternatives" not in text
 
 
