@@ -4,6 +4,7 @@ Samplers differ only in the update from x_t to x at the next timestep. An update
 cumulative product of alphas, and nothing else.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,54 @@ def respaced_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     return [round(i * num_timesteps / num_steps) for i in range(num_steps, 0, -1)]
 
 
+def timesteps_of(sampler: Sampler, model: DiffusionModel) -> list[int]:
+    """The timesteps at which a sampler asks the model, descending from T; raises ValueError for more than it has."""
+    return respaced_timesteps(model.num_timesteps, sampler.num_steps or model.num_timesteps)
+
+
+def follow(
+    model: DiffusionModel,
+    x: Tensor,
+    steps: Sequence[tuple[int, int]],
+    sampler: Sampler,
+    *,
+    noise: Noise,
+    bar: Bar = iter,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+    constrain: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """Takes steps, each from x_t to the next timestep, in eval mode and without gradients.
+
+    Args:
+        x: x_t of the first step, (B, ...), on the model's device.
+        steps: (timestep, next timestep), the one after beginning where it ends. A step upward draws from q(x_t | x_s),
+            and the sampler begins again there.
+        noise: timestep of a step -> (B, ...).
+        observe: as for `sample`, called before each step downward.
+        constrain: (x, its timestep) -> x, called after each step downward.
+    """
+    update, device = sampler.make_update(), x.device
+    abars = model.schedules_float64["alphas_cumprod"].tolist()
+    with evaluating(model):
+        for timestep, following in bar(steps):
+            abar = abars[timestep]
+            if following > timestep:
+                alpha = abars[following] / abar
+                x = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise(timestep).to(device)
+                update = sampler.make_update()
+                continue
+            eps, x_0 = model.predict(x, timestep)
+            if sampler.clip_x0:
+                x_0 = x_0.clamp(-1, 1)
+                eps = (x - abar**0.5 * x_0) / (1 - abar) ** 0.5
+            if observe is not None:
+                observe(timestep, x, x_0)
+            x = update(x, eps, x_0, abar, abars[following], lambda timestep=timestep: noise(timestep).to(device))
+            if constrain is not None:
+                x = constrain(x, following)
+    return x
+
+
 def sample(
     model: DiffusionModel,
     num_samples: int,
@@ -164,23 +213,10 @@ def sample(
     Raises:
         ValueError: for more steps than the model has timesteps, or for noise of another shape.
     """
-    update = sampler.make_update()
-    num_steps = model.num_timesteps if sampler.num_steps is None else sampler.num_steps
-    timesteps = respaced_timesteps(model.num_timesteps, num_steps)
     noise = noise or draw_noise(num_samples, size, device)
     x = starting_point(noise, num_samples, size, device)
-    abars = model.schedules_float64["alphas_cumprod"].tolist()
-    with evaluating(model):
-        for timestep, following in bar(list(zip(timesteps, [*timesteps[1:], 0], strict=True))):
-            abar = abars[timestep]
-            eps, x_0 = model.predict(x, timestep)
-            if sampler.clip_x0:
-                x_0 = x_0.clamp(-1, 1)
-                eps = (x - abar**0.5 * x_0) / (1 - abar) ** 0.5
-            if observe is not None:
-                observe(timestep, x, x_0)
-            x = update(x, eps, x_0, abar, abars[following], lambda timestep=timestep: noise(timestep).to(device))
-    return x
+    steps = list(itertools.pairwise([*timesteps_of(sampler, model), 0]))
+    return follow(model, x, steps, sampler, noise=noise, bar=bar, observe=observe)
 
 
 def sample_images(

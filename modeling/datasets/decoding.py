@@ -76,15 +76,14 @@ def _decode_without_end(path: Path) -> Image.Image | None:
     return image if image.tobytes() == other.tobytes() else None
 
 
-def read_picture(path: Path, image_shape: tuple[int, int, int] = IMAGE_SHAPE) -> np.ndarray:
-    """A picture's centre, the largest rectangle of the images' ratio, reduced to (C, H, W) uint8.
+def open_picture(path: Path) -> Image.Image:
+    """A picture in RGB, turned upright (EXIF).
 
-    Pillow's Lanczos filter (antialiased) reduces it, and Pillow's "L" makes it grey. It is turned upright (EXIF); an
-    animation or several pages are their first picture; a colour profile is ignored.
+    An animation or several pages are their first picture; a colour profile is ignored.
 
     Raises:
-        ValueError: for a file that is not a whole picture in one of the formats, smaller than the images, or
-            with more pixels than Pillow considers harmless (89 million).
+        ValueError: for a file that is not a whole picture in one of the formats, or with more pixels than Pillow
+            considers harmless (89 million).
     """
     # A megabyte, by default, is less than some programs write; what all texts of a picture may take stays bounded.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -93,15 +92,26 @@ def read_picture(path: Path, image_shape: tuple[int, int, int] = IMAGE_SHAPE) ->
             warnings.simplefilter("ignore")  # about metadata that does not matter here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             try:
-                image = _decode(path)
+                return _decode(path)
             except OSError:
                 image = _decode_without_end(path)
                 if image is None:
                     raise
+                return image
     except UnidentifiedImageError:
         raise ValueError(f"not a picture in {', '.join(_FORMATS)}") from None
     except (*_DECODING_ERRORS, Image.DecompressionBombWarning) as error:
         raise ValueError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+
+
+def reduce(image: Image.Image, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture's centre, the largest rectangle of the images' ratio, reduced to (C, H, W) uint8.
+
+    Pillow's Lanczos filter (antialiased) reduces it, and Pillow's "L" makes it grey.
+
+    Raises:
+        ValueError: for a picture smaller than the images.
+    """
     channels, height, width = image_shape
     if image.width < width or image.height < height:
         raise ValueError(f"{image.width}x{image.height} pixels, at least {width}x{height} needed")
@@ -111,3 +121,8 @@ def read_picture(path: Path, image_shape: tuple[int, int, int] = IMAGE_SHAPE) ->
     centre = image.crop((left, top, left + cut_width, top + cut_height)).convert("RGB" if channels == 3 else "L")
     pixels = np.asarray(centre.resize((width, height), Image.Resampling.LANCZOS))
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def read_picture(path: Path, image_shape: tuple[int, int, int] = IMAGE_SHAPE) -> np.ndarray:
+    """A file's picture as an image of a data set, (C, H, W) uint8; raises as `open_picture` and `reduce`."""
+    return reduce(open_picture(path), image_shape)
