@@ -6,6 +6,8 @@
     python sample.py checkpoint=model.safetensors sampler=ddim num_steps=50 seed=3 out=ddim.png
     python sample.py checkpoint=model.safetensors picture=path out=path.png    # or interpolation
     python sample.py checkpoint=model.safetensors picture=path out=path.gif    # it moves; or path.webp
+    python sample.py checkpoint=model.safetensors picture=inpaint image=cat.png mask=hole.png out=filled.png
+    python sample.py checkpoint=model.safetensors picture=variations image=cat.png strength=0.5 out=variations.png
     torchrun --nproc-per-node=8 sample.py checkpoint=model.safetensors num_images=50000 out=samples.npz
 
 Image i is a function of the checkpoint, the sampler, the seed and i: the same whatever the batch size, up to rounding.
@@ -17,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from modeling.config import parse
-from modeling.options import SampleConfig, check_out
+from modeling.options import EDITING, SampleConfig, check_out
 from modeling.system.command_line import script
 from modeling.system.errors import UserError
 from modeling.system.files import check_writable, write_atomically
@@ -35,14 +37,15 @@ def main(options: SampleConfig) -> None:
     with stopping_on_signals():
         from modeling.distributed.launcher import joined
         from modeling.images import encode_png, save_grid
-        from modeling.measures import explain
+        from modeling.measures import edit, explain
         from modeling.measures.sample_files import write_samples
         from modeling.measures.trained import load_trained
         from modeling.system.progress import progress_bar
 
         with joined() as processes:
             trained, _ = load_trained(options, processes)
-            about = trained.samples_identity | {"checkpoint": options.checkpoint}
+            edited = {key: value for key in EDITING if (value := getattr(options, key)) is not None}
+            about = trained.samples_identity | {"checkpoint": options.checkpoint} | edited
             num_images = options.num_images or (64 if options.picture == "grid" else 4)
             model = (trained.model, num_images, trained.image_shape, trained.device, trained.sampler)
             bar = partial(progress_bar, desc="sampling")
@@ -59,6 +62,9 @@ def main(options: SampleConfig) -> None:
             elif options.picture == "interpolation":
                 images = explain.interpolation(*model, seed=options.seed, precision=trained.precision, bar=bar)
                 save_grid(images, out, explain.COLUMNS, scale=options.scale, about=about)
+            elif options.picture in ("inpaint", "variations"):
+                images = edit.draw_edited(trained, options, num_images, bar)
+                save_grid(images, out, len(images), scale=options.scale, about=about)
             else:
                 is_still = out.suffix == ".png"
                 moments = explain.denoising_path(

@@ -12,6 +12,9 @@ from modeling.system.files import check_writable
 from modeling.system.overrides import known_keys, nearest
 from modeling.system.values import PathText, PositiveFloat, PositiveInt, Section, Seed, Text
 
+# Keys of sample.py -> the pictures that have them.
+EDITING = {"image": ("inpaint", "variations"), "mask": ("inpaint",), "strength": ("variations",)}
+EDITING |= {"num_resamplings": ("inpaint",), "jump_length": ("inpaint",)}
 REPOSITORY = Path(__file__).resolve().parents[1]  # where the files that a script takes by default are
 PUBLISHED = Path("weights/cifar10.safetensors")  # the default of `checkpoint`
 
@@ -76,10 +79,20 @@ class SampleConfig(Sampling):
 
     out: PathText
     """*.png: one picture; *.npz: all images in an array; *.gif, *.webp: picture=path, moving; else a folder of PNGs."""
-    picture: Literal["grid", "path", "interpolation"]
-    """grid: the images; path: how each forms; interpolation: rows between images 2k and 2k + 1."""
+    picture: Literal["grid", "path", "interpolation", "inpaint", "variations"]
+    """grid: images; path: how each forms; interpolation: between images; inpaint, variations: `image`, edited."""
+    image: PathText | None
+    """inpaint, variations: the picture to edit; its centre is reduced to the model's size."""
+    mask: PathText | None
+    """inpaint: a picture of the size of `image`, white where it is to be drawn, black where it is kept."""
+    num_resamplings: PositiveInt | None
+    """inpaint: how often each stretch of steps is taken, 1 for no resampling; null: 10."""
+    jump_length: PositiveInt | None
+    """inpaint: steps of the sampler in a stretch; null: 5."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None
+    """variations: where the sampler begins, as a part of T; 1 leaves nothing of the image; null: 0.5."""
     num_images: PositiveInt | None
-    """How many images are drawn, or rows of the interpolation; null: 64, for path and interpolation 4."""
+    """How many images are drawn, or rows of the interpolation; null: 64 in a grid, else 4."""
     scale: Annotated[int, Field(ge=1, le=32)] | None
     """Enlarges each pixel of a picture this many times; null: until the picture is 500 pixels wide."""
 
@@ -92,19 +105,29 @@ class SampleConfig(Sampling):
     def _fits_out(self) -> Self:
         if not Path(self.out).name:
             raise ValueError(f"out must name a file or a folder, got {self.out}")
-        suffix, kinds = Path(self.out).suffix, {"path": (".png", ".gif", ".webp"), "interpolation": (".png",)}
+        suffix, kinds = Path(self.out).suffix, (".png", ".gif", ".webp") if self.picture == "path" else (".png",)
         if self.picture == "grid" and suffix not in ("", ".png", ".npz") and not suffix[1:].isdigit():
             raise ValueError(
                 "out must end in .png or .npz, or name a folder, which has no suffix "
                 f"(.gif and .webp are for picture=path), got {self.out}"
             )
-        if self.picture != "grid" and suffix not in kinds[self.picture]:
-            wanted = " or ".join(f"*{kind}" for kind in kinds[self.picture])
+        if self.picture != "grid" and suffix not in kinds:
+            wanted = " or ".join(f"*{kind}" for kind in kinds)
             raise ValueError(f"picture={self.picture} needs out={wanted}, got {self.out}")
         if self.picture != "grid" and self.num_images is not None and self.num_images > 16:
             raise ValueError(f"num_images must be at most 16 with picture={self.picture}, got {self.num_images}")
         if self.scale is not None and (suffix == ".npz" or self.is_folder):
             raise ValueError(f"scale must be null with out={self.out}, whose images are not enlarged, got {self.scale}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_picture(self) -> Self:
+        for key, pictures in EDITING.items():
+            value = getattr(self, key)
+            if self.picture not in pictures and value is not None:
+                raise ValueError(f"{key} must be null with picture={self.picture}, got {value}")
+            if self.picture in pictures and key in ("image", "mask") and value is None:
+                raise ValueError(f"{key} must be the file of a picture with picture={self.picture}, got null")
         return self
 
 

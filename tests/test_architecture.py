@@ -23,7 +23,7 @@ ALLOWED = {
     "distributed": {"system"},
     "datasets": {"system", "core.sections", "core.stage"},
     "run": {"system", "distributed", "core"},
-    "measures": {"system", "distributed", "core"},
+    "measures": {"system", "distributed", "core", "datasets.decoding"},
     "interchange": {"system", "core"},
     "comparison": {"system", "run.identity", "core.options"},
 }

@@ -174,12 +174,57 @@ KINDS = "out must end in .png or .npz, or name a folder, which has no suffix (.g
         ("x.npz scale=2", "scale must be null with out=x.npz, whose images are not enlarged, got 2"),
         ("x scale=2", "scale must be null with out=x, whose images are not enlarged, got 2"),
         ("x.gif picture=interpolation", "picture=interpolation needs out=*.png, got x.gif"),
+        ("x.gif picture=inpaint image=a.png mask=b.png", "picture=inpaint needs out=*.png, got x.gif"),
         ("x.gif picture=path num_images=17", "num_images must be at most 16 with picture=path, got 17"),
     ],
 )
 def test_an_output_of_no_known_kind_is_rejected(compose_config, capsys, out, message):
     with ends_in_error(capsys, f"^{re.escape(message)}$"):
         sample.main(compose_config("checkpoint=any.pt", *f"out={out}".split(), "overwrite=true", name="sample"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("image=a.png", "image must be null with picture=grid, got a.png"),
+        ("picture=inpaint image=a.png", "mask must be the file of a picture with picture=inpaint, got null"),
+        ("picture=variations", "image must be the file of a picture with picture=variations, got null"),
+        ("picture=variations image=a.png jump_length=2", "jump_length must be null with picture=variations, got 2"),
+        ("picture=inpaint image=a.png mask=b.png strength=0.5", "strength must be null with picture=inpaint, got 0.5"),
+        ("picture=variations image=a.png strength=0", "strength=0: input should be greater than 0"),
+    ],
+)
+def test_what_edits_a_picture_belongs_to_its_kind(compose_config, capsys, overrides, message):
+    with ends_in_error(capsys, f"^{re.escape(message)}$"):
+        sample.main(compose_config("checkpoint=any.pt", *overrides.split(), name="sample"))
+
+
+@pytest.mark.slow
+def test_a_given_picture_is_edited_beside_it(finished_run, compose_config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(given).save("given.png")
+    is_drawn = np.zeros((32, 32), bool)
+    is_drawn[8:20, 12:24] = True
+    Image.fromarray(is_drawn.astype(np.uint8) * 255).save("mask.png")
+    options = [f"checkpoint={finished_run}", "num_images=3", "num_steps=4", "scale=1", "image=given.png"]
+    shown = {}
+    for picture, key, value in (("inpaint", "mask", "mask.png"), ("variations", "strength", 0.3)):
+        sample.main(
+            compose_config(*options, f"picture={picture}", f"{key}={value}", f"out={picture}.png", name="sample")
+        )
+        with Image.open(f"{picture}.png") as image:
+            about = json.loads(image.info["Comment"])
+            assert about["image"] == "given.png"
+            assert about[key] == value
+            tiles = [np.array(image)[2:34, left : left + 32] for left in range(2, image.width, 34)]
+        assert np.array_equal(tiles[0], given)
+        shown[picture] = tiles[1:]
+    hole, *results = shown["inpaint"]
+    assert (hole[is_drawn] == 128).all()
+    assert len(results) == len(shown["variations"]) == 3
+    assert all(np.array_equal(tile[~is_drawn], given[~is_drawn]) for tile in [hole, *results])
+    assert not any(np.array_equal(result, hole) for result in [*results, *shown["variations"]])
 
 
 def test_a_run_folder_is_a_checkpoint(tmp_path):
