@@ -56,6 +56,23 @@ def test_an_edited_image_is_a_function_of_the_seed_and_its_number(edit):
     assert len({tuple(image.flatten().tolist()) for image in [*more, *other]}) == 6
 
 
+def test_the_model_sees_what_is_kept_as_the_noised_image_at_each_visit():
+    """In each later call x_t ~ N(sqrt(abar) x_0, 1 - abar), after a step upward as well: no draw is used twice."""
+    seen = []
+
+    def eps(x, t):
+        seen.append((round(12 * t[0].item()), x[:, 0, 0, 0]))
+        return torch.tanh(0.7 * x) * t[:, None, None, None]
+
+    recording = DiffusionModel(Lambda(eps), (0.01, 0.3), 12)
+    inpaint(recording, IMAGE, MASK, 4000, "cpu", Sampler(), seed=1, num_resamplings=3, jump_length=4)
+    assert [timestep for timestep, _ in seen][:10] == [12, 11, 10, 9, 12, 11, 10, 9, 12, 11]
+    for timestep, x in seen[1:]:
+        abar = recording.schedules_float64["alphas_cumprod"][timestep].item()
+        assert x.mean().item() == pytest.approx(abar**0.5 * IMAGE[0, 0, 0].item(), abs=0.07)
+        assert x.var().item() == pytest.approx(1 - abar, rel=0.12)
+
+
 def inpainting_errors(num_timesteps: int, num_images: int, num_resamplings: int, jump_length: int):
     """Four pixels, correlated by 0.8 with their neighbours, of which the middle two are drawn given the others.
 
