@@ -59,6 +59,8 @@ class Sampling(Machine):
     """ancestral: sigma^2 is beta (large) or the posterior's (small); null: small."""
     eta: Annotated[float, Field(ge=0, le=1)] | None
     """ddim: share of fresh noise, from none to that of ancestral; null: 0."""
+    spacing: Literal["trailing", "linspace", "quadratic", "log_snr"]
+    """Timestep i of n: T i/n (trailing), evenly from 1 to T (linspace), T (i/n)^2, or evenly in log-SNR."""
     clip_x0: bool
     """Clip the predicted x_0 to [-1, 1] at each step."""
     seed: Seed

@@ -1,9 +1,11 @@
-"""Noise schedules: beta at each timestep 1..T, and the tables computed from it (index 0 is clean data)."""
+"""Noise schedules: beta at each timestep 1..T, the tables made of it (index 0 is clean data), and fewer timesteps."""
 
 import math
 
 import torch
 from torch import Tensor
+
+SPACINGS = ("trailing", "linspace", "quadratic", "log_snr")
 
 
 def linear_betas(beta1: float, beta2: float, num_timesteps: int) -> Tensor:
@@ -89,3 +91,37 @@ def get_schedules(beta1: float, beta2: float, num_timesteps: int) -> dict[str, T
     """
     tables = schedule_tables(linear_betas(beta1, beta2, num_timesteps))
     return {name: table.float() for name, table in tables.items()}
+
+
+def respaced_timesteps(abars: Tensor, num_steps: int, spacing: str = "trailing") -> list[int]:
+    """Returns n = num_steps of the timesteps 1..T, all different, descending from T.
+
+    The i-th from below is the nearest to T i / n ("trailing"), to the i-th of n even points from 1 to T ("linspace"),
+    to T (i / n)^2 ("quadratic"), or, in log-SNR, to the i-th of n points that are even in it ("log_snr"). Where two
+    round to the same, one moves to the next that is free: with n = T every spacing is all of 1..T.
+
+    Args:
+        abars: abar at the timesteps 0..T, (T + 1,) float64.
+
+    Raises:
+        ValueError: unless 1 <= n <= T.
+    """
+    last = len(abars) - 1
+    if not 1 <= num_steps <= last:
+        raise ValueError(f"num_steps must be in 1..{last}, got {num_steps}")
+    i = torch.arange(1, num_steps + 1, dtype=torch.float64)
+    from_last = (num_steps - i) / max(num_steps - 1, 1)  # from 1, at timestep 1, to 0
+    match spacing:
+        case "trailing":
+            points = i * last / num_steps
+        case "linspace":
+            points = last - (last - 1) * from_last
+        case "quadratic":
+            points = last * (i / num_steps) ** 2
+        case _:
+            levels = abars[1:].logit()
+            points = 1 + (levels - torch.lerp(levels[-1], levels[0], from_last)[:, None]).abs().argmin(dim=1)
+    timesteps = [0]
+    for free_above, point in zip(range(num_steps - 1, -1, -1), points.tolist(), strict=True):
+        timesteps.append(max(timesteps[-1] + 1, min(round(point), last - free_above)))
+    return timesteps[:0:-1]

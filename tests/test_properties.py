@@ -16,8 +16,8 @@ from modeling.config import parse, to_yaml
 from modeling.diffusion import DiffusionModel
 from modeling.evaluation import bits_per_dim
 from modeling.images import to_model_range, to_uint8
-from modeling.samplers import Sampler, respaced_timesteps, sample
-from modeling.schedules import cosine_betas, linear_betas, schedule_tables
+from modeling.samplers import Sampler, sample
+from modeling.schedules import SPACINGS, cosine_betas, linear_betas, respaced_timesteps, schedule_tables
 from modeling.seeding import Purpose, derive_seed, draw_integers, draw_normal
 from tests.helpers import ROOT, Lambda, equal
 
@@ -74,17 +74,17 @@ def test_the_terms_of_the_bound_are_divergences_of_gaussians(model, variance, cl
     torch.testing.assert_close(found, torch.tensor(terms, dtype=torch.float64), rtol=1e-3, atol=1e-5)
 
 
-@given(st.integers(1, 5000), st.data())
-def test_respaced_timesteps_descend_evenly_from_the_last(num_timesteps, data):
+@given(st.integers(1, 2000), st.sampled_from(SPACINGS), st.booleans(), st.data())
+def test_timesteps_of_every_spacing_differ_and_descend_from_the_last(num_timesteps, spacing, is_cosine, data):
+    betas = cosine_betas(num_timesteps) if is_cosine else linear_betas(1e-4, 0.02, num_timesteps)
     num_steps = data.draw(st.integers(1, num_timesteps))
-    timesteps = respaced_timesteps(num_timesteps, num_steps)
+    timesteps = respaced_timesteps(schedule_tables(betas)["alphas_cumprod"], num_steps, spacing)
     assert len(timesteps) == num_steps
     assert timesteps[0] == num_timesteps
     assert timesteps[-1] >= 1
     assert all(a > b for a, b in itertools.pairwise(timesteps))
-    assert all(
-        abs(t - i * num_timesteps / num_steps) <= 0.5 for t, i in zip(timesteps, range(num_steps, 0, -1), strict=True)
-    )
+    if spacing == "trailing":  # none has to move
+        assert timesteps == [round(i * num_timesteps / num_steps) for i in range(num_steps, 0, -1)]
 
 
 @given(st.lists(st.integers(0, 255), min_size=1), st.lists(st.floats(-1, 1, width=32), min_size=1))

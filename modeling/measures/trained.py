@@ -57,7 +57,9 @@ class TrainedModel:
         self.num_steps = model.num_timesteps if options.num_steps is None else options.num_steps
         if self.num_steps > model.num_timesteps:
             raise UserError(f"num_steps must be at most {model.num_timesteps}, got {options.num_steps}")
-        self.sampler = Sampler(options.sampler, self.num_steps, options.clip_x0, options.variance, options.eta)
+        self.sampler = Sampler(
+            options.sampler, self.num_steps, options.clip_x0, options.variance, options.eta, options.spacing
+        )
         self.model = place(model, self.device)
         default = 512 if self.device.type == "cuda" else 64
         self.batch_size = default if options.batch_size is None else options.batch_size
@@ -73,6 +75,8 @@ class TrainedModel:
     def samples_identity(self) -> dict:
         """Everything that image i depends on beside i, up to rounding (the batches' size, threads, machine)."""
         values = {key: value for key, value in asdict(self.sampler).items() if value is not None}
+        if values["spacing"] == "trailing":
+            del values["spacing"]  # no key, as in the files of before there was a choice
         return self.identity | {"sampler": values.pop("name"), **values, "seed": self.options.seed}
 
     def draw(self, folder: Path, num_images: int) -> Tensor:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from modeling.diffusion import PREDICTIONS, DiffusionModel
 from modeling.interchange.scheduler import diffusion_arguments, scheduler_config
-from modeling.samplers import Sampler, respaced_timesteps, sample
-from modeling.schedules import cosine_betas, linear_betas, schedule_tables
+from modeling.samplers import Sampler, sample
+from modeling.schedules import cosine_betas, linear_betas, respaced_timesteps, schedule_tables
 from modeling.system.errors import UserError
 from tests.helpers import Lambda
 
@@ -38,11 +38,12 @@ def test_a_step_of_the_scheduler_is_ours_with_the_small_variance(diffusers, sche
 @pytest.mark.parametrize("num_steps", [1, 7, 50])
 def test_an_exported_scheduler_samples_as_we_do_at_our_timesteps(diffusers, num_steps):
     betas, table = PROCESSES["linear"]
+    abars = schedule_tables(table)["alphas_cumprod"]
     config = scheduler_config(1000, "linear", betas, "eps")
     for kind in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
         scheduler = kind.from_config(config)
         scheduler.set_timesteps(num_steps)
-        assert [timestep + 1 for timestep in scheduler.timesteps.tolist()] == respaced_timesteps(1000, num_steps)
+        assert [timestep + 1 for timestep in scheduler.timesteps.tolist()] == respaced_timesteps(abars, num_steps)
     scheduler = diffusers.DDPMScheduler.from_config(config)
     scheduler.set_timesteps(num_steps)
     model = DiffusionModel(Lambda(lambda x, t: torch.tanh(x)), table, 1000)

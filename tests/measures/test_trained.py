@@ -1,5 +1,7 @@
 """A trained model draws images that depend on their numbers alone, part by part."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from modeling.config import parse
 from modeling.diffusion import DiffusionModel
 from modeling.measures.trained import TrainedModel
 from modeling.options import SampleConfig
+from modeling.system.errors import UserError
+from modeling.system.reading import read_json
 from tests.helpers import Lambda
 
 pytestmark = pytest.mark.numeric
@@ -36,6 +40,14 @@ def test_samples_that_are_not_finite_are_an_error_and_leave_no_part(draw, tmp_pa
     with pytest.raises(FloatingPointError, match="a sample is not finite in fp32"):
         draw(tmp_path, 2, eps=lambda x, t: x * float("nan"))
     assert not list(tmp_path.glob("*.npy"))
+
+
+def test_parts_of_before_spacing_was_a_choice_are_of_trailing_timesteps(draw, tmp_path):
+    draw(tmp_path, 2, "spacing=trailing")
+    known = {"clip_x0", "num_steps", "precision", "sampler", "seed", "variance"}
+    assert read_json(tmp_path / "identity.json", dict[str, Any]).keys() == known
+    with pytest.raises(UserError, match=r"parts of something else \(spacing differ\)"):
+        draw(tmp_path, 2, "spacing=quadratic")
 
 
 def test_a_record_names_the_gpu(compose_config, monkeypatch):
