@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling import IMAGE_SHAPE
-from modeling.config import Config, Trained
+from modeling.config import Config, Trained, parse
 from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
@@ -47,8 +47,14 @@ def build_eps_model(section: Model, image_shape: tuple[int, int, int] = IMAGE_SH
     return MODELS[section.name](channels, channels, **options)
 
 
-def build_model(config: Config) -> DiffusionModel:
-    """Builds the diffusion model on the CPU, with weights drawn from the run's seed."""
+def build_model(config: Config, weights: dict[str, Tensor] | None = None) -> DiffusionModel:
+    """Builds the diffusion model on the CPU, with these weights or with some that are drawn from the run's seed.
+
+    Raises:
+        UserError: as `build_trained_model`.
+    """
+    if weights is not None:
+        return build_trained_model(parse(config.model_dump(), Trained), weights)
     torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
     return build_diffusion(config.diffusion, build_eps_model(config.model, config.dataset.image_shape))
 

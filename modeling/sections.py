@@ -156,6 +156,8 @@ class Optimizer(Section):
 
 
 class Train(Section):
+    init: PathText | None = None  # older files lack the key
+    """Weights to start from, of the same network: model.safetensors, a checkpoint or a run's folder; null: random."""
     num_epochs: PositiveInt
     """Length of the training, in passes over the training images."""
     max_steps: PositiveInt | None

@@ -28,11 +28,16 @@ def parse_stage(values: DictConfig, schema: type[Config] = Config) -> Config:
             raise UserError(
                 "inside a DVC stage the values must be those of params.yaml: use `dvc exp run -S key=value`"
             )
-        if config.runtime.resume not in ("auto", "never"):
-            raise UserError(
-                f"runtime.resume={config.runtime.resume}: a recorded stage cannot start from a file that DVC does not "
-                "know, expected auto or never"
-            )
+        is_named = config.runtime.resume not in ("auto", "never")
+        for key, value, expected in (
+            ("runtime.resume", config.runtime.resume if is_named else None, "auto or never"),
+            ("train.init", config.train.init, "null"),
+        ):
+            if value is not None:
+                raise UserError(
+                    f"{key}={value}: a recorded stage cannot start from a file that DVC does not know, "
+                    f"expected {expected}"
+                )
     return config
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NO_EFFECT: Any = {
     "dataset": {"root", "archive", "urls", "pictures", "skip_unusable"},
     "optimizer": {"warmup_steps"},
-    "train": {"num_epochs", "max_steps", "checkpoint_every"},
+    "train": {"init", "num_epochs", "max_steps", "checkpoint_every"},
     "runtime": {
         "keep_freed_memory", "num_threads", "num_workers", "processes", "name", "output_dir", "resume",
         "max_seconds", "checkpoint_seconds", "keep_checkpoints",
@@ -38,7 +38,7 @@ class Identity(TypedDict):
     runtime: dict[str, Any]
     data: str  # `data_sha256`
     code: str  # `code_sha256`
-    origin: str | None  # name and step of another run, from whose checkpoint this one started
+    origin: str | None  # another run's name and step, or the SHA-256 of weights, from which this one started
 
 
 def run_length(num_images: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:

@@ -41,7 +41,7 @@ class Run:
         last_step: the length of the run in steps.
         folder: the run's own.
         device, precision: as `build_runtime` found them.
-        processes: that share each batch.
+        processes, weights: that share each batch; that the network starts from, None for random ones.
 
     Raises:
         UserError: if the data is not what was prepared, or has fewer images than a batch, or a batch fewer images than
@@ -57,9 +57,10 @@ class Run:
         device: torch.device,
         precision: str,
         processes: Processes = ALONE,
+        weights: dict[str, Tensor] | None = None,
     ):
-        self.config, self.folder, self.device, self.precision = config, folder, device, precision
-        self.last_step, self.processes = last_step, processes
+        self.config, self.last_step, self.folder, self.processes = config, last_step, folder, processes
+        self.device, self.precision = device, precision
         _, height, width = config.dataset.image_shape
         self.micro_batch_size = resolve_micro_batch_size(
             config.runtime.micro_batch_size, device, config.train.batch_size, config.model.hidden_size, height * width
@@ -68,7 +69,7 @@ class Run:
         data = config.dataset.folder
         self.images = {split: load_images(data, split, manifest) for split in ("train", "test")}
         self.batches = build.build_batches(config, self.images["train"], self.device, share.rows)
-        self.model = place(build.build_model(config), self.device)
+        self.model = place(build.build_model(config, weights), self.device)
         self.ema = Ema(self.model.eps_model, config.train.ema_decay)
         self.ema_model = build.build_diffusion(config.diffusion, self.ema.module).to(self.device)
         self.optimizer = build.build_optimizer(config.optimizer, self.model)
@@ -199,10 +200,7 @@ class Run:
                 tracker.image(self.state.step, f"samples/{kind}", save_grid(images, path, about=about))
 
     def measure(self, tracker: Tracker | None) -> None:
-        """Measures the trained model, by all processes.
-
-        The one with a tracker writes the tables that DVC plots, details.json and, last, metrics.json.
-        """
+        """Measures the model; with a tracker, it writes tables for plots, details.json and, last, metrics.json."""
         losses, bins = {}, {}
         for split, label in (("train", "train"), ("test", "heldout")):
             images = self.images[split][: self.config.train.num_eval_images]

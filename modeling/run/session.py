@@ -28,6 +28,7 @@ from modeling.run.identity import (
     identify,
     run_length,
 )
+from modeling.run.initial import load_initial_weights
 from modeling.run.loop import Training
 from modeling.run.objects import Run
 from modeling.run.records import build_tracker
@@ -118,12 +119,14 @@ def _train(config: Config, manifest: Manifest, processes: Processes, *, replace:
     """This process's part of the run, in its folder."""
     device, precision = build.build_runtime(config.runtime)
     processes.use(device)
+    weights, initial = load_initial_weights(config) if config.train.init else (None, None)
     images, length = manifest["files"]["train.npy"], config.train
     last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
     identity, origin, note = _identify(config, last_step, manifest)
+    identity["origin"] = identity["origin"] or initial
     path = repository() / (config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
     folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
-    objects = config, manifest, last_step, folder, device, precision, processes
+    objects = config, manifest, last_step, folder, device, precision, processes, weights
     with folder.claimed() if processes.rank == 0 else contextlib.nullcontext():
         with processes.first():  # the others then find what process 0 has left in the folder
             finished_at = folder.finished_at()

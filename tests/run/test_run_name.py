@@ -11,6 +11,7 @@ from tests.helpers import ROOT, changed, leaves
 
 NO_EFFECT_ON_THE_NAME = {
     "dataset.root", "dataset.archive", "dataset.urls", "dataset.pictures", "dataset.skip_unusable",
+    "train.init",  # the file's hash has
     "train.num_epochs", "train.max_steps", "train.checkpoint_every", "runtime.keep_freed_memory", "runtime.num_threads",
     "runtime.num_workers", "runtime.processes", "runtime.name", "runtime.output_dir", "runtime.resume",
     "runtime.max_seconds", "runtime.checkpoint_seconds", "runtime.keep_checkpoints", "wandb.mode", "wandb.project",
