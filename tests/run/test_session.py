@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from modeling.system.processes import Processes
 from omegaconf import OmegaConf
 
 import main
 from modeling.checkpoint import load_checkpoint
 from modeling.config import parse
+from modeling.distributed.processes import Processes
 from modeling.run import session
 from modeling.stage import Manifest
 from tests.checkpoints import seal
