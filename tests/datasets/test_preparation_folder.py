@@ -2,7 +2,8 @@
 
 import json
 import re
-import tracemalloc
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,12 @@ from PIL import Image, ImageDraw
 import main
 import prepare_data
 from modeling.config import parse
-from modeling.datasets import preparation
 from modeling.datasets.pictures import sha256_of_pictures
 from modeling.datasets.preparation import prepare
 from modeling.run.identity import data_sha256
 from modeling.stage import read_manifest
 from tests.datasets.drawings import drawings, fill, noise, stored
-from tests.helpers import TINY, dataset, ends_in_error
+from tests.helpers import ROOT, TINY, dataset, ends_in_error
 
 
 def test_the_manifest_names_source_counts_and_digest_but_not_the_disk(tmp_path, monkeypatch):
@@ -60,15 +60,22 @@ def test_changed_pictures_are_prepared_again_and_unchanged_ones_are_not(tmp_path
     assert prepare(drawings(tmp_path)) == (after, False)
 
 
-def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "CHUNK_BYTES", 1 << 14)
-    prepare(dataset("folder", tmp_path / "small", pictures=str(fill(tmp_path / "few", 5))))  # what is allocated once
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    """In a process of its own, where no other thread allocates."""
+    fill(tmp_path / "few", 5)
     fill(tmp_path / "in", 300)
-    tracemalloc.start()
-    manifest, _ = prepare(drawings(tmp_path))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert sum(entry["count"] for entry in manifest["files"].values()) == 300
+    code = (
+        "import sys, tracemalloc; from pathlib import Path; from modeling.datasets import preparation\n"
+        "from tests.datasets.drawings import drawings; from tests.helpers import dataset\n"
+        "here, preparation.CHUNK_BYTES = Path(sys.argv[1]), 1 << 14\n"
+        "preparation.prepare(dataset('folder', here / 'small', pictures=str(here / 'few')))\n"  # what is allocated once
+        "tracemalloc.start()\n"
+        "manifest, _ = preparation.prepare(drawings(here))\n"
+        "print(tracemalloc.get_traced_memory()[1], sum(entry['count'] for entry in manifest['files'].values()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    peak, count = map(int, done.stdout.splitlines()[-1].split())
+    assert count == 300
     assert peak < 300 * 3 * 32 * 32 / 2
 
 
