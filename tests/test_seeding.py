@@ -10,6 +10,7 @@ from modeling.seeding import (
     draw_integers,
     draw_normal,
     draw_permutation,
+    draw_stratified,
     image_noise,
 )
 
@@ -68,6 +69,24 @@ def test_integers_are_uniform():
     assert draws.min() == 0
     assert draws.max() == 9
     torch.testing.assert_close(frequency, torch.full((10,), 0.1), atol=0.005, rtol=0)
+
+
+@pytest.mark.parametrize(("count", "high"), [(1, 10), (7, 1000), (64, 1000), (1000, 10), (1 << 20, 1 << 20)])
+def test_stratified_integers_are_one_in_each_stratum_and_do_not_depend_on_the_part(count, high):
+    draws = draw_stratified(0, Purpose.TIMESTEP, 3, torch.arange(count), count, high)
+    assert draws.min() >= 0
+    assert draws.max() < high
+    places = draws * count / high - torch.arange(count)  # within a stratum, up to the rounding of an integer
+    assert places.min() > -count / high
+    assert places.max() < 1
+    assert torch.equal(
+        draws[count // 2 :], draw_stratified(0, Purpose.TIMESTEP, 3, torch.arange(count)[count // 2 :], count, high)
+    )
+
+
+def test_stratified_integers_are_uniform_over_the_steps():
+    draws = torch.cat([draw_stratified(0, Purpose.TIMESTEP, step, torch.arange(7), 7, 20) for step in range(5_000)])
+    torch.testing.assert_close(draws.bincount(minlength=20) / 35_000, torch.full((20,), 0.05), atol=0.002, rtol=0)
 
 
 def test_a_permutation_has_every_number_once_and_differs_by_epoch_and_seed():

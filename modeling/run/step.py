@@ -14,7 +14,7 @@ from modeling.ema import Ema
 from modeling.images import to_model_range
 from modeling.run.bookkeeping import TrainState
 from modeling.run.loss_scale import LossScale
-from modeling.seeding import Purpose, derive_seed, draw_integers, draw_normal
+from modeling.seeding import Purpose, derive_seed, draw_normal, draw_stratified
 from modeling.training import backward, gradients_of
 
 
@@ -51,7 +51,7 @@ class Step:
         step, batch_size = self.state.step, self.batch_size or len(images)
         share = self.processes.share(batch_size, self.micro_batch_size)
         index = torch.arange(share.rows.start, share.rows.stop)  # position in the global batch
-        timesteps = draw_integers(self.seed, Purpose.TIMESTEP, step, index, self.model.num_timesteps) + 1
+        timesteps = draw_stratified(self.seed, Purpose.TIMESTEP, step, index, batch_size, self.model.num_timesteps) + 1
         index, timesteps = (rows.to(self.device, non_blocking=True) for rows in (index, timesteps))
         self.optimizer.zero_grad()
         return backward(
