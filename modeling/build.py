@@ -16,6 +16,7 @@ from modeling.config import Config, Trained, parse
 from modeling.data import Batches
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
+from modeling.muon import Muon
 from modeling.runtime import (
     keep_freed_memory,
     limit_threads,
@@ -31,7 +32,7 @@ from modeling.system.errors import UserError
 from modeling.unet import UnetModel
 
 MODELS = {"unet": UnetModel, "ddpm": DdpmUnet}
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon, "sgd": torch.optim.SGD}
 
 
 def _options(section: Model | Optimizer, keys: Iterable[str]) -> dict:
@@ -98,7 +99,7 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
     options = _options(section, ("lr", "momentum", "weight_decay"))
     is_fused = next(model.parameters()).device.type in ("cpu", "cuda")
     optimizer = OPTIMIZERS[section.name](model.parameters(), fused=is_fused, **options)
-    if section.momentum is not None:  # a first step that the device skips would leave it uninitialised
+    if section.name == "sgd":  # a first step that the device skips would leave it uninitialised
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

@@ -133,12 +133,12 @@ class Diffusion(Section):
 
 
 class Optimizer(Section):
-    name: Literal["adam", "adamw", "sgd"]
+    name: Literal["adam", "adamw", "muon", "sgd"]
     """Algorithm that updates the weights."""
     lr: Annotated[float, Field(ge=0)]
     """Learning rate, after the warm-up."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None
-    """sgd: share of the last update that is kept."""
+    """muon, sgd: share of the last update that is kept."""
     weight_decay: Annotated[float, Field(ge=0)] | None
     """adamw: strength of the decay of weights."""
     lr_schedule: Literal["constant", "cosine"]
@@ -150,7 +150,7 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _fits_name(self) -> Self:
-        needs = {"adam": (), "adamw": ("weight_decay",), "sgd": ("momentum",)}[self.name]
+        needs = {"adam": (), "adamw": ("weight_decay",), "muon": ("momentum",), "sgd": ("momentum",)}[self.name]
         self._require(f"optimizer.name={self.name}", ("momentum", "weight_decay"), needs)
         return self
 

@@ -37,7 +37,7 @@ def test_every_alternative_is_valid_alone(compose_config, group):
 
 def combinations() -> list[tuple[str, ...]]:
     """Every experiment with every model, and with these the other groups in turn."""
-    others = itertools.cycle(itertools.product(["adam", "adamw", "sgd"], ["cifar10", "shapes", "folder"]))
+    others = itertools.cycle(itertools.product(["adam", "adamw", "muon", "sgd"], ["cifar10", "shapes", "folder"]))
     experiments, models = ["demo", "assignment", "full", "paper"], ["unet", "ddpm", "ddpm_paper", "ddpm_small"]
     pairs = itertools.product(experiments, models)
     return [(experiment, model, *next(others)) for experiment, model in pairs]

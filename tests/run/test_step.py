@@ -81,7 +81,7 @@ def test_a_row_of_skipped_steps_is_counted_across_a_restart():
         run(small_model(), last_step=4, make=spoiled("loss nan", {0}), max_skipped_in_row=3, state=state)
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "muon", "sgd"])
 @pytest.mark.parametrize("bad_steps", [set(), {0, 2}])
 @pytest.mark.fault("not finite")
 def test_the_update_decided_on_the_device_is_the_same(name, bad_steps, compose_config, device):

@@ -80,7 +80,7 @@ def test_the_help_of_a_script_explains_each_key_with_what_will_run(printed):
     assert text.startswith(main.__doc__.strip())
     assert "\nmodel\n  model.name=unet  (unet, ddpm)\n      The network: " in text
     assert "\n  optimizer.lr=0.001  (number at least 0)\n" in text
-    assert "\n  optimizer=  adam, adamw, sgd\n" in text
+    assert "\n  optimizer=  adam, adamw, muon, sgd\n" in text
     assert all(f"\n  {key.name}=" in text for key in keys_by_script()["main.py"])
     assert max(map(len, text.splitlines())) <= 120
 
