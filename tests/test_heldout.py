@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from modeling.diffusion import DiffusionModel
-from modeling.heldout import denoising_loss
+from modeling.heldout import denoising_loss, linear_loss
+from modeling.images import to_model_range
+from modeling.measures.linear_denoiser import fit_linear_denoiser
 from tests.helpers import Lambda, numpy_tables, random_images
 
 pytestmark = pytest.mark.numeric
@@ -62,3 +64,25 @@ def test_a_network_that_knows_the_image_has_no_loss():
 def test_there_are_no_more_bins_than_timesteps_and_no_empty_ones():
     assert list(denoising_loss(model(num_timesteps=3), IMAGES, "cpu")[1]) == ["1-1", "2-2", "3-3"]
     assert list(denoising_loss(model(num_timesteps=20), IMAGES[:2], "cpu")[1]) == ["1-2", "11-12"]
+
+
+def test_the_linear_loss_is_what_the_linear_denoiser_is_expected_to_have():
+    """Its exact expectation from the matrix B that the denoiser is: eps - B y, with y = sqrt(a) (x_0 - m) + s eps."""
+    train = (random_images(50, 3, 2, 2) // 2 + torch.arange(12).reshape(3, 2, 2) * 5).byte()
+    heldout = random_images(7, 3, 2, 2)
+    abar = torch.from_numpy(numpy_tables((0.01, 0.3), 20)[2])
+    net = fit_linear_denoiser(to_model_range(train), abar)
+    centred = to_model_range(heldout).flatten(1) - net.mean
+    losses = []
+    for image in range(7):
+        timestep = image * 20 // 7 + 1
+        a = abar[timestep].float()
+        t = torch.full((12,), timestep / 20)
+        matrix = net(a.sqrt() * net.mean + torch.eye(12), t).T
+        of_noise = torch.eye(12) - (1 - a).sqrt() * matrix
+        losses.append((of_noise.square().sum() + a * (centred @ matrix.T).square().sum(1).mean()) / 12)
+    total, bins = linear_loss(train, heldout, abar)
+    assert total == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert list(bins.values()) == pytest.approx([loss.item() for loss in losses], rel=1e-5)
+    assert list(bins) == list(denoising_loss(model(), heldout, "cpu")[1])
+    assert linear_loss(train[:23], heldout, abar) is None  # fewer than twice the 12 numbers

@@ -40,15 +40,21 @@ def test_a_run_is_of_images_of_the_configured_size(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preparation, "NUM_TEST_SHAPES", 4)
-    images = [f"dataset.image_size={size}", f"dataset.channels={channels}", "dataset.num_images=16"]
+    images = [f"dataset.image_size={size}", f"dataset.channels={channels}", "dataset.num_images=128"]
     values = compose_config(
-        *TINY, *images, *model, "train.num_epochs=1", "train.num_samples=1", "runtime.output_dir=run"
+        *TINY, *images, *model, "train.max_steps=1", "train.num_samples=1", "runtime.output_dir=run"
     )
     shape = parse(values).dataset.image_shape
     assert shape == (channels, *(json.loads(size) if size.startswith("[") else [int(size)] * 2))
     prepare_data.main(values)
     main.main(values)
-    assert json.loads(Path("run/metrics.json").read_text())["steps"] == 1
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["steps"] == 1
+    # Of the best linear denoiser where an image has few enough numbers.
+    rows = [line.split(",") for line in Path("run/heldout.csv").read_text().splitlines()]
+    assert rows[0] == ["timesteps", "raw", "ema", "linear"]
+    is_small = size == "8"
+    assert ({row[3] == "" for row in rows}, "eval/heldout_linear" in metrics) == ({False, not is_small}, is_small)
     scale = -(-500 // (shape[2] + 4))
     with Image.open("run/samples/ema/1.png") as grid:
         assert grid.size == ((shape[2] + 4) * scale, (shape[1] + 4) * scale)

@@ -9,6 +9,7 @@ COLOURS = [
     "#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#eeca3b", "#ff9da6", "#9d755d", "#bab0ac",
     "#9ecae9", "#ffbf79", "#88d27a", "#d6a5c9", "#83bcb6", "#b79a20", "#d67195", "#8ca252", "#7b6fd0", "#c44e52",
 ]  # fmt: skip
+KINDS = ["ema", "raw", "linear"]  # losses by timestep: of averaged and plain weights, of the best linear denoiser
 _PAN = "[mousedown, window:mouseup] > window:mousemove!"  # a finger scrolls the page
 _ZOOM = "wheel![event.ctrlKey || event.metaKey || event.shiftKey]"  # a wheel alone does, too
 
@@ -97,15 +98,20 @@ def line_chart(num_runs: int, field: str, title: str, description: str) -> Spec:
 
 
 def bins_chart(num_runs: int, description: str) -> Spec:
-    """The held-out loss by timestep, of averaged and plain weights."""
+    """The held-out loss by timestep, of averaged and plain weights and of the best linear denoiser."""
     rows = _rows("bins").encode(
         x=alt.X("t:Q", title="timestep / T", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=10)),
         y=_log("loss:Q", "held-out loss"),
         color=_colour(num_runs),
-        detail="weights:N",
+        detail="kind:N",
     )
-    dash = alt.StrokeDash("weights:N", title="weights", scale=alt.Scale(domain=["ema", "raw"], range=[[1, 0], [3, 3]]))
-    tooltip = [*_tooltip(("loss:Q", "loss", ".4~g")), alt.Tooltip("weights:N"), alt.Tooltip("timesteps:N")]
+    scale = alt.Scale(domain=KINDS, range=[[1, 0], [4, 3], [1, 3]])
+    dash = alt.StrokeDash("kind:N", title="denoiser", scale=scale)
+    tooltip = [
+        *_tooltip(("loss:Q", "loss", ".4~g")),
+        alt.Tooltip("kind:N", title="denoiser"),
+        alt.Tooltip("timesteps:N"),
+    ]
     lines = rows.mark_line(strokeWidth=2).encode(strokeDash=dash.legend(orient="bottom", symbolStrokeColor="#888888"))
     points = rows.mark_point(filled=True, size=35).encode(tooltip=tooltip)
     return _finish([lines, points], num_runs, description)

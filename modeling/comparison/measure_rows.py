@@ -53,6 +53,8 @@ def _better(key: str) -> str:
     name = key.rpartition("/")[2]
     if name.endswith("_std"):
         return "spread"
+    if name == "heldout_linear":
+        return "of the best linear denoiser: a ceiling"
     if name == "memorisation_ratio":
         return "near 1: as new as held-out images; 0: copies"
     return _HIGHER if name in _HIGHER_IS_BETTER else _LOWER

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import vl_convert
 
-from modeling.comparison.charts import Spec, bins_chart, colour_of, line_chart, loss_chart
+from modeling.comparison.charts import KINDS, Spec, bins_chart, colour_of, line_chart, loss_chart
 from modeling.comparison.measure_rows import measure_rows
 from modeling.comparison.page_runs import PageRun, read_page_run, rounded
 from modeling.comparison.references import load_references
@@ -92,13 +92,13 @@ def _beside(run: PageRun) -> str:
 def _bins(run: PageRun, number: int) -> list[dict[str, Any]]:
     """The held-out losses by timestep; t is the middle of a range."""
     rows = []
-    for weights in ("ema", "raw"):
-        found = run.metrics.get("bins", {}).get(f"eval/heldout_{weights}", {})
+    for kind in KINDS:
+        found = run.metrics.get("bins", {}).get(f"eval/heldout_{kind}", {})
         ranges = {key: [int(part) for part in key.split("-")] for key in found}
         last = max((ends[-1] for ends in ranges.values()), default=1)
         for key, loss in found.items():
             t = (ranges[key][0] + ranges[key][-1]) / 2 / last
-            rows.append({"run": number, "weights": weights, "timesteps": key, "t": rounded(t), "loss": rounded(loss)})
+            rows.append({"run": number, "kind": kind, "timesteps": key, "t": rounded(t), "loss": rounded(loss)})
     return rows
 
 

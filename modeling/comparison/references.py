@@ -20,6 +20,7 @@ from modeling.system.reading import check, parse_json, reading
 NUM_POINTS = 100  # of a reference's curve, at most
 MIN_LINES = 30  # of metrics.jsonl, below which the scatter is unknown
 BINS = "eval/heldout_ema"  # the loss at the end that is also compared by timestep
+CEILING = "eval/heldout_linear"  # of the data, not of the run: the best linear denoiser's
 MUST_MATCH = ("dataset.name", "diffusion.")  # else the losses measure different things
 
 Differences = dict[str, tuple[Any, Any]]  # dotted key -> (value in the reference, in the run)
@@ -100,7 +101,7 @@ def make_reference(run: RunRecord, name: str, command: str, date: str) -> Refere
     about = {"name": name, "command": command, "date": date}
     made = {key: metrics[key] for key in Reference.__annotations__ if key in metrics} | {
         "hardware": {key: metrics[key] for key in Hardware.__annotations__ if key in metrics},
-        "losses": {key: loss for key, loss in metrics.items() if key.startswith("eval/")},
+        "losses": {key: loss for key, loss in metrics.items() if key.startswith("eval/") and key != CEILING},
         "config": comparable(run.config),
         "curve": [dict(zip(Point.__annotations__, row, strict=True)) for row in table],
     }

@@ -6,12 +6,25 @@ import numpy as np
 
 from modeling.comparison.bands import NUM_ALARM, NUM_ERRORS, SAME_DRAWS, Band, Comparison, first_exit, tolerance
 from modeling.comparison.curves import RunRecord
+from modeling.comparison.references import BINS, CEILING
 from modeling.run.identity import describe_differences
 
 
-def _line(label: str, band: Band) -> str:
-    value = "" if band.value is None else f"{band.value:.4g}"
-    return f"{label:>22} {value:>10} {band.reference:>10.4g} {band.low:>10.4g} {band.high:>10.4g}  {band.side}".rstrip()
+def _line(label: str, band: Band, ceiling: float | None = None) -> str:
+    value, linear = ("" if number is None else f"{number:.4g}" for number in (band.value, ceiling))
+    numbers = f"{value:>10} {band.reference:>10.4g} {band.low:>10.4g} {band.high:>10.4g}"
+    return f"{label:>22} {numbers}  {band.side:<5} {linear:>10}".rstrip()
+
+
+def ceilings(comparison: Comparison) -> dict[str, float]:
+    """The best linear denoiser's loss beside the averaged weights' at the end, by the name of the band.
+
+    Empty where neither file knows it, as those of older runs.
+    """
+    metrics, reference = comparison.run.metrics or {}, comparison.reference
+    bins = metrics.get("bins", {}).get(CEILING) or reference["bins"].get(CEILING, {})
+    found = {f"{BINS} {key}": loss for key, loss in bins.items()}
+    return found | ({BINS: metrics[CEILING]} if CEILING in metrics else {})
 
 
 def _steps(band: Band, run: RunRecord) -> str:
@@ -44,8 +57,10 @@ def describe(comparison: Comparison) -> str:
     if comparison.why_no_ends:
         lines.append(f"\nlosses at the end: not compared, {comparison.why_no_ends}")
     else:
-        lines.append(f"\n{'at the end' if run.metrics else 'expected at the end':>22}")
-        lines += [_line(band.name.removeprefix("eval/"), band) for band in comparison.ends]
+        linear = ceilings(comparison)
+        title = f"{'linear':>62}" if linear else ""
+        lines.append(f"\n{'at the end' if run.metrics else 'expected at the end':>22}{title}")
+        lines += [_line(band.name.removeprefix("eval/"), band, linear.get(band.name)) for band in comparison.ends]
     return "\n".join(lines)
 
 
@@ -91,6 +106,9 @@ def plot(comparison: Comparison, path: Path) -> None:
     right.plot(list(bins), [band.reference for band in bins.values()], "C0_", ms=16, label="reference")
     if run.metrics:
         right.plot(list(bins), [band.value for band in bins.values()], "C1o", ms=5, label="run")
+    if linear := ceilings(comparison):
+        values = [linear.get(band.name) for band in bins.values()]
+        right.plot(list(bins), values, "k_", ms=16, label="best linear denoiser")
     right.set(title="At the end: held-out images, averaged weights", xlabel="timesteps")
     right.tick_params(axis="x", rotation=45)
     for axes in (left, right):

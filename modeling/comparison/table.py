@@ -23,6 +23,7 @@ RESULTS = {
     "eval/heldout_raw": ("", "#.4g"),
     "eval/train_ema": ("", "#.4g"),
     "eval/train_raw": ("", "#.4g"),
+    "eval/heldout_linear": ("", "#.4g"),
     "seconds": ("seconds", ",.0f"),
     "images_per_second": ("img/s", ",.0f"),
     "images": ("", ",.0f"),

@@ -16,7 +16,7 @@ from modeling.config import Config
 from modeling.data import load_images
 from modeling.distributed.processes import ALONE, Processes
 from modeling.ema import Ema
-from modeling.heldout import denoising_loss
+from modeling.heldout import denoising_loss, linear_loss
 from modeling.images import save_grid
 from modeling.run.bookkeeping import Bookkeeping, TrainState
 from modeling.run.folder import RunFolder, describe_state
@@ -212,17 +212,19 @@ class Run:
                 )  # fmt: skip
         if tracker is None:
             return
+        heldout = self.images["test"][: self.config.train.num_eval_images]
+        abar = self.model.schedules_float64["alphas_cumprod"]
+        if (linear := linear_loss(self.images["train"], heldout, abar)) is not None:
+            losses["eval/heldout_linear"], bins["eval/heldout_linear"] = linear
         tracker.log(self.state.step, losses)
-        write_csv(
-            self.folder.path / "loss.csv",
-            tracker.lines.rows,
-            ["step", "train/loss", "train/loss_smoothed", "train/lr"],
-        )
+        columns = ["step", "train/loss", "train/loss_smoothed", "train/lr"]
+        write_csv(self.folder.path / "loss.csv", tracker.lines.rows, columns)
+        kinds = ("raw", "ema", "linear")
         by_bin = [
-            {"timesteps": name, "raw": raw, "ema": bins["eval/heldout_ema"][name]}
-            for name, raw in bins["eval/heldout_raw"].items()
+            {"timesteps": name} | {kind: bins.get(f"eval/heldout_{kind}", {}).get(name, "") for kind in kinds}
+            for name in bins["eval/heldout_raw"]
         ]
-        write_csv(self.folder.path / "heldout.csv", by_bin, ["timesteps", "raw", "ema"])
+        write_csv(self.folder.path / "heldout.csv", by_bin, ["timesteps", *kinds])
         num_images = self.state.step * self.batches.batch_size
         details = {
             "bins": bins,

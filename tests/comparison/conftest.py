@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 def write_run(tmp_path):
     """Writes a run's folder: its configuration, a line for each loss (None: all steps skipped), and its metrics."""
 
-    def write(losses, name="run", *, is_finished=True, heldout=0.035, **changes):
+    def write(losses, name="run", *, is_finished=True, heldout=0.035, linear=None, **changes):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         config = OmegaConf.load(ROOT / "params.yaml")
@@ -44,6 +44,9 @@ def write_run(tmp_path):
             "steps": steps, "images": steps * config.train.batch_size, "seconds": len(losses), "parameters": 1,
             "images_per_second": LOG_EVERY * config.train.batch_size,
         }  # fmt: skip
+        if linear is not None:  # an older run does not know it
+            metrics["eval/heldout_linear"] = linear
+            details["bins"]["eval/heldout_linear"] = {"1-500": 1.9 * linear, "501-1000": 0.1 * linear}
         if is_finished:
             write_json(folder / "details.json", details)
             write_json(folder / "metrics.json", metrics)

@@ -153,10 +153,11 @@ def test_a_run_is_beside_the_reference_that_is_nearest(write_run, page):
 
 
 def test_losses_by_timestep_are_those_of_the_run(write_run, page):
-    bins = tables_of(page(write_run(noisy(0))))["bins"]
-    assert bins["timesteps"] == ["1-500", "501-1000"]
-    assert bins["t"] == [0.2505, 0.7505]
-    assert bins["loss"] == [0.0665, 0.0035]
+    bins = tables_of(page(write_run(noisy(0), linear=0.045)))["bins"]
+    assert bins["kind"] == ["ema", "ema", "linear", "linear"]
+    assert bins["timesteps"] == ["1-500", "501-1000"] * 2
+    assert bins["t"] == [0.2505, 0.7505] * 2
+    assert bins["loss"] == [0.0665, 0.0035, 0.0855, 0.0045]
 
 
 def test_grids_are_thinned_evenly_and_the_last_is_kept(write_run, page):

@@ -48,6 +48,17 @@ def test_losses_at_the_end_outside_their_band_are_off_track(write_run, command):
     assert (code, "OFF TRACK    at the end: eval/heldout_ema 501-1000 above the band" in text) == (1, True)
 
 
+def test_the_best_linear_denoiser_is_beside_the_losses_at_the_end(write_run, command, tmp_path):
+    losses = noisy(0)
+    command(write_run(losses, linear=0.045), "--save", "default")
+    assert "heldout_linear" not in json.loads((tmp_path / "refs" / "default.json").read_text())["losses"]
+    text = command(write_run(losses, "new", linear=0.046), "--plot", tmp_path / "plot.png")[1]
+    assert re.search(r"\n +at the end +linear\n +heldout_ema .* in +0\.046\n", text)
+    assert re.search(r" heldout_ema 501-1000 .* in +0\.0046\n", text)
+    text = command(write_run(losses, "old"))[1]  # which does not know it: the reference's, of the same images
+    assert re.search(r" heldout_ema .* in\n +heldout_ema 1-500 .* in +0\.0855\n", text)
+
+
 def test_missing_damaged_and_early_runs_end_with_2_and_the_reason(write_run, command, tmp_path):
     losses = noisy(0)
     command(write_run(losses), "--save", "default")
