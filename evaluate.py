@@ -4,10 +4,12 @@
     python evaluate.py checkpoint=outputs/model.safetensors bits_images=10000 bits_timesteps=null out=evaluation/whole
     python evaluate.py checkpoint=model.safetensors 'measures=[fid]' num_images=50000 out=evaluation/fid
     python evaluate.py checkpoint=linear 'measures=[bits_per_dim,heldout_loss]' out=evaluation/linear
+    python evaluate.py checkpoint=empirical 'measures=[heldout_loss,train_loss]' out=evaluation/empirical
     torchrun --nproc-per-node=8 evaluate.py checkpoint=model.safetensors    # the same numbers by 8 processes
 
-"linear" is the best linear denoiser of the training images, for scale ("gaussian": of one mean and variance). Each
-number is written with its identity (model, data, sampler, n, extractor) to <out>/evaluation.json. The same command
+"linear" is the best linear denoiser of the training images, for scale ("gaussian": of one mean and variance).
+"empirical" is the optimal denoiser of the training images alone: between its two losses is the least that is possible.
+Each number is written with its identity (model, data, sampler, n, extractor) to <out>/evaluation.json. The same command
 resumes after a stop; what is measured already is not measured again.
 """
 

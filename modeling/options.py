@@ -134,24 +134,26 @@ class SampleConfig(Sampling):
 
 
 class EvaluateConfig(Sampling):
-    """All of `conf/evaluate.yaml`; `checkpoint` may also be "linear" or "gaussian" (`measures.linear_denoiser`)."""
+    """All of `conf/evaluate.yaml`; `checkpoint` may also be one of `measures.trained.COMPUTED`."""
 
     out: PathText
     """A folder for evaluation.json, the samples and the pictures."""
-    measures: Annotated[list[Literal["bits_per_dim", "heldout_loss", "encoder", "fid"]], Field(min_length=1)]
+    measures: Annotated[
+        list[Literal["bits_per_dim", "heldout_loss", "train_loss", "encoder", "fid"]], Field(min_length=1)
+    ]
     """What is measured."""
     num_images: PositiveInt
     """How many samples are drawn for encoder and fid."""
     samples: PathText | None
     """An .npz of sample.py or another project, measured instead of new samples."""
     data: PathText | None
-    """Folder of prepared data; null: the checkpoint's own, or data/cifar10 for checkpoint=linear or gaussian."""
+    """Folder of prepared data; null: the checkpoint's own, or data/cifar10 where it is only a name (linear, ...)."""
     bits_images: PositiveInt
     """bits_per_dim: number of test images, at most all of them."""
     bits_timesteps: PositiveInt | None
     """bits_per_dim: timesteps drawn for each image; null: all T."""
     loss_images: PositiveInt
-    """heldout_loss: number of test images, at most all of them."""
+    """heldout_loss, train_loss: number of test or training images, at most all of them."""
     encoder: PathText | None
     """encoder: the file that train_encoder.py wrote; null: the repository's."""
     inception_weights: PathText | None

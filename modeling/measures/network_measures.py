@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -89,18 +89,18 @@ def _plain(bound: BitsPerDim) -> dict[str, Any]:
 
 
 class LossMeasure:
-    """The held-out loss (`modeling.heldout`)."""
+    """The loss on held-out or training images (`modeling.heldout`)."""
 
-    def __init__(self, subject: Subject):
-        self.trained, self.images = subject.trained, subject.data.test[: subject.options.loss_images]
+    def __init__(self, subject: Subject, split: Literal["test", "train"] = "test"):
+        self.trained, self.images = subject.trained, getattr(subject.data, split)[: subject.options.loss_images]
         self.identity = self.trained.identity | subject.data.identity
-        self.identity |= {"split": "test", "num_images": len(self.images)}
+        self.identity |= {"split": split, "num_images": len(self.images)}
 
     def take(self) -> Record:
         """Raises FloatingPointError for a loss that is not finite."""
-        trained = self.trained
+        trained, desc = self.trained, f"loss ({self.identity['split']} images)"
         total, bins = denoising_loss(
-            trained.model, self.images, trained.device, precision=trained.precision, desc="held-out loss",
+            trained.model, self.images, trained.device, precision=trained.precision, desc=desc,
             processes=trained.processes,
         )  # fmt: skip
         return {"values": {"total": total, "bins": bins}, "identity": self.identity | trained.environment}

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 from modeling.measures.evaluation_file import FILE, Record, is_of, read_records
@@ -24,6 +25,7 @@ class Measure(Protocol):
 MEASURES: dict[str, Callable[[Subject], Measure]] = {
     "bits_per_dim": BitsMeasure,
     "heldout_loss": LossMeasure,
+    "train_loss": partial(LossMeasure, split="train"),
     "encoder": EncoderMeasure,
     "fid": InceptionMeasure,
 }

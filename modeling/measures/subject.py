@@ -13,7 +13,7 @@ from modeling.distributed.processes import ALONE, Processes
 from modeling.images import save_grid
 from modeling.measures.resumable import as_stored
 from modeling.measures.sample_files import read_samples, write_samples
-from modeling.measures.trained import LINEAR, TrainedModel, fit_linear, load_trained
+from modeling.measures.trained import COMPUTED, TrainedModel, compute_denoiser, load_trained
 from modeling.options import REPOSITORY, EvaluateConfig
 from modeling.stage import load_manifest
 from modeling.system.errors import UserError
@@ -127,9 +127,9 @@ def load_subject(options: EvaluateConfig, processes: Processes = ALONE) -> Subje
         UserError: for any that is missing, damaged, or does not fit the options.
         OSError: for a file that cannot be read.
     """
-    if options.checkpoint in LINEAR:
+    if options.checkpoint in COMPUTED:
         data = load_data(default_data(Path("data/cifar10")) if options.data is None else Path(options.data))
-        trained = fit_linear(options, data.train, data.identity["train_sha256"], processes)
+        trained = compute_denoiser(options, data.train, data.identity["train_sha256"], processes)
     else:
         trained, stored = load_trained(options, processes)
         data = load_data(stored_data(options.checkpoint, stored) if options.data is None else Path(options.data))

@@ -14,9 +14,10 @@ from modeling.config import Trained, parse
 from modeling.diffusion import DiffusionModel
 from modeling.distributed.processes import ALONE, Processes
 from modeling.images import to_model_range, to_uint8
+from modeling.measures.empirical_denoiser import EmpiricalDenoiser
 from modeling.measures.linear_denoiser import fit_linear_denoiser
 from modeling.measures.resumable import advancing, draw_in_parts
-from modeling.options import Sampling, weights_file
+from modeling.options import EvaluateConfig, Sampling, weights_file
 from modeling.runtime import check_finite, place
 from modeling.samplers import Sampler, sample_images
 from modeling.schedules import linear_betas, schedule_tables
@@ -25,8 +26,9 @@ from modeling.system.files import sha256_of
 from modeling.system.progress import progress_bar
 from modeling.system.reading import reading
 
-LINEAR = {"linear": False, "gaussian": True}  # names instead of a checkpoint -> whether isotropic
-LINEAR_BETAS, LINEAR_TIMESTEPS = (1e-4, 0.02), 1000  # the paper's process
+# Names instead of a checkpoint, of denoisers that are computed from training images, for the paper's process.
+COMPUTED = ("linear", "gaussian", "empirical")
+COMPUTED_BETAS, COMPUTED_TIMESTEPS = (1e-4, 0.02), 1000
 
 
 class TrainedModel:
@@ -131,11 +133,26 @@ def load_trained(options: Sampling, processes: Processes = ALONE) -> tuple[Train
     return TrainedModel(options, model, identity, config.image_shape, processes), stored
 
 
-def fit_linear(options: Sampling, images: Tensor, images_sha256: str, processes: Processes = ALONE) -> TrainedModel:
-    """What `options.checkpoint` = "linear" or "gaussian" names: the best linear denoiser of training images (uint8)."""
-    abar = schedule_tables(linear_betas(*LINEAR_BETAS, LINEAR_TIMESTEPS))["alphas_cumprod"]
-    denoiser = fit_linear_denoiser(to_model_range(images), abar, is_isotropic=LINEAR[options.checkpoint])
-    model = DiffusionModel(denoiser, LINEAR_BETAS, LINEAR_TIMESTEPS)
+def compute_denoiser(
+    options: EvaluateConfig, images: Tensor, images_sha256: str, processes: Processes = ALONE
+) -> TrainedModel:
+    """What a name among COMPUTED means, of training images (uint8).
+
+    Raises:
+        UserError: for measures that the empirical denoiser does not have.
+    """
+    is_empirical = options.checkpoint == "empirical"
+    if is_empirical and not set(options.measures) <= {"heldout_loss", "train_loss"}:
+        raise UserError(
+            f"measures=[{','.join(options.measures)}]: checkpoint=empirical has losses only, because its samples are "
+            "the training images and every other image is unlikely to it: expected measures=[heldout_loss,train_loss]"
+        )
+    abar = schedule_tables(linear_betas(*COMPUTED_BETAS, COMPUTED_TIMESTEPS))["alphas_cumprod"]
+    if is_empirical:
+        denoiser = EmpiricalDenoiser(images, abar)
+    else:
+        denoiser = fit_linear_denoiser(to_model_range(images), abar, is_isotropic=options.checkpoint == "gaussian")
+    model = DiffusionModel(denoiser, COMPUTED_BETAS, COMPUTED_TIMESTEPS)
     identity = {"checkpoint": options.checkpoint, "fitted_to_sha256": images_sha256}
     _, channels, height, width = images.shape
     return TrainedModel(options, model, identity, (channels, height, width), processes)

@@ -14,7 +14,7 @@ from modeling.heldout import denoising_loss
 from modeling.measures.subject import default_data, stored_data
 from modeling.measures.trained import load_trained
 from modeling.system.files import sha256_of
-from tests.helpers import ROOT
+from tests.helpers import ROOT, ends_in_error
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +76,19 @@ def test_what_a_user_does_not_name_is_the_repositorys(monkeypatch, tmp_path):
     Path("data/cifar10").mkdir(parents=True)
     assert default_data(Path("data/cifar10")) == Path("data/cifar10")
     assert default_data(tmp_path) == tmp_path
+
+
+def test_the_empirical_denoiser_has_both_losses_and_no_other_measure(
+    tiny_data, compose_config, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    empirical = ["checkpoint=empirical", f"data={tiny_data}/shapes", "loss_images=40"]
+    with ends_in_error(capsys, r"measures=\[heldout_loss,fid\]: checkpoint=empirical has losses only"):
+        evaluate.main(compose_config(*empirical, "measures=[heldout_loss,fid]", name="evaluate"))
+    evaluate.main(compose_config(*empirical, "measures=[heldout_loss,train_loss]", name="evaluate"))
+    record = json.loads(Path("evaluation/evaluation.json").read_text())
+    assert [record[name]["identity"]["split"] for name in ("heldout_loss", "train_loss")] == ["test", "train"]
+    assert record["train_loss"]["values"]["total"] < record["heldout_loss"]["values"]["total"]
 
 
 @pytest.mark.long
