@@ -16,7 +16,8 @@ the run's folder or below evaluation/.
 On track: losses are averaged over windows of equal numbers of images seen. The band is the reference's +- 5 % and 2.5
 standard errors, narrower for a run of the same seed and batches. A run is off track when it leaves the band on the same
 side in three consecutive windows, or when a loss at its end is outside. "linear" is the best linear denoiser's loss on
-the same held-out images, a ceiling: a network above it has learned less there than a matrix.
+the same held-out images, a ceiling: a network above it has learned less there than a matrix. "literature" is what
+others report for the paper's network and recipe; it was not recorded here and is no part of the verdict.
 
 The exit code is 0 (written; on track), 1 (off track) or 2 (wrong arguments; nothing to show or compare).
 """

@@ -6,6 +6,7 @@ import numpy as np
 
 from modeling.comparison.bands import NUM_ALARM, NUM_ERRORS, SAME_DRAWS, Band, Comparison, first_exit, tolerance
 from modeling.comparison.curves import RunRecord
+from modeling.comparison.literature import describe_literature
 from modeling.comparison.references import BINS, CEILING
 from modeling.run.identity import describe_differences
 
@@ -61,7 +62,7 @@ def describe(comparison: Comparison) -> str:
         title = f"{'linear':>62}" if linear else ""
         lines.append(f"\n{'at the end' if run.metrics else 'expected at the end':>22}{title}")
         lines += [_line(band.name.removeprefix("eval/"), band, linear.get(band.name)) for band in comparison.ends]
-    return "\n".join(lines)
+    return "\n".join(lines + describe_literature(run))
 
 
 def judge(comparison: Comparison) -> tuple[bool, str]:

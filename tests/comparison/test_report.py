@@ -25,6 +25,7 @@ def test_a_run_in_progress_is_judged_as_far_as_it_is(write_run, command):
     assert "step 1,250 of 2,500 (50%), 80,000 images, not finished" in text
     assert "12 of 12 windows in the band" in text  # the 13th ends at 83,200 images
     assert re.search(r"expected at the end\n +heldout_ema +0\.035 +0\.03325 +0\.03675\n", text)
+    assert re.search(r"not recorded here.*\n.*\n +5,990,400 images +0\.0295$", text.partition("\n\non track")[0])
     off = write_run(1.3 * losses[:50], "off", is_finished=False)
     code, text = command(off)
     assert code == 1
