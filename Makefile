@@ -24,7 +24,7 @@ help: ## list the targets
 .dvc/config.local: # a downloaded ZIP is no Git repository, in which DVC refuses to work unless it is told so
 	@printf '[core]\n    no_scm = true\n' > $@
 
-demo: .venv/installed ## draw shapes, train on them, write a grid of samples (about 5 minutes on 2 cores)
+demo: .venv/installed ## draw shapes, train on them, write a grid of samples (about 3 minutes on 2 cores)
 	$(BIN)/python prepare_data.py experiment=demo
 	$(BIN)/python main.py experiment=demo
 

@@ -8,6 +8,7 @@ import torch
 from modeling import build
 from modeling.config import parse
 from modeling.ddpm_unet import DdpmUnet
+from modeling.muon import Muon
 from modeling.unet import UnetModel
 
 
@@ -33,6 +34,7 @@ def test_weights_are_a_function_of_the_seed(compose_config):
     [
         (["optimizer=adam"], torch.optim.Adam, {"weight_decay": 0}),
         (["optimizer=adamw", "optimizer.weight_decay=0.3"], torch.optim.AdamW, {"weight_decay": 0.3}),
+        (["optimizer=muon", "optimizer.momentum=0.9"], Muon, {"momentum": 0.9}),
         (["optimizer=sgd", "optimizer.momentum=0.7"], torch.optim.SGD, {"momentum": 0.7, "weight_decay": 0}),
     ],
 )

@@ -106,8 +106,8 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
             ["diffusion.betas=[0.02,0.0001]"],
             ["diffusion: betas must satisfy 0 < beta_1 < beta_T < 1, got [0.02, 0.0001]"],
         ),
-        (["optimizer.momentum=0.9"], ["optimizer: momentum must be null with optimizer.name=adam, got 0.9"]),
-        (["optimizer.name=sgd"], ["optimizer: momentum needs a value with optimizer.name=sgd"]),
+        (["optimizer.name=adam"], ["optimizer: momentum must be null with optimizer.name=adam, got 0.95"]),
+        (["optimizer.momentum=null"], ["optimizer: momentum needs a value with optimizer.name=muon"]),
         (["model.name=unet"], ["model: multipliers must be null with model.name=unet, got [1, 2, 2]"]),
         (["model.multipliers=null"], ["model: multipliers needs a value with model.name=ddpm"]),
         (
@@ -123,14 +123,14 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
             ["dataset: seed must be null with dataset.name=folder, got 1"],
         ),
         (
-            ["dataset=folder", "dataset.pictures=p", "dataset.num_images=32"],
-            ["train.batch_size=64 is larger than the data, 32 images"],
+            ["dataset=folder", "dataset.pictures=p", "dataset.num_images=16"],
+            ["train.batch_size=32 is larger than the data, 16 images"],
         ),
         (["dataset.num_images=0"], ["dataset.num_images=0: input should be greater than 0"]),
         (["dataset.num_images=60000"], ["dataset: num_images must be at most 50000 with dataset.name=cifar10"]),
         (
-            ["dataset=shapes", "dataset.num_images=32"],
-            ["train.batch_size=64 is larger than the data, 32 images"],
+            ["dataset=shapes", "dataset.num_images=16"],
+            ["train.batch_size=32 is larger than the data, 16 images"],
         ),
         (
             ["optimizer.lr=x", "train.log_every=0"],

@@ -64,8 +64,9 @@ def test_an_experiment_means_the_same_whatever_params_yaml_holds(compose_config,
         (["optimizer=sgd"], 0.1),
         (["optimizer=adam"], 0.004),
         (["optimizer=adamw"], 0.004),
+        (["optimizer=muon"], 0.004),
         (["optimizer.lr=0.2", "optimizer=sgd"], 0.2),  # in any order
-        (["experiment=demo"], 0.008),
+        (["experiment=demo"], 0.004),
         (["experiment=demo", "optimizer.lr=0.2", "optimizer=sgd"], 0.2),
     ],
 )
@@ -77,7 +78,7 @@ def test_an_optimizer_brings_its_learning_rate_which_an_experiment_or_the_user_r
 
 
 def test_the_learning_rate_of_params_yaml_is_its_optimizers_own(compose_config):
-    assert compose_config("optimizer=adam") == compose_config()
+    assert compose_config("optimizer=muon") == compose_config()
 
 
 def test_a_data_set_is_used_whole_unless_asked(compose_config, compose_over):

@@ -33,7 +33,7 @@ class _Dataset(TypedDict):
 
 class _Train(TypedDict):
     batch_size: int
-    num_epochs: int
+    num_epochs: float
     max_steps: int | None
     log_every: int
 

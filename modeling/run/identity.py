@@ -41,9 +41,10 @@ class Identity(TypedDict):
     origin: str | None  # another run's name and step, or the SHA-256 of weights, from which this one started
 
 
-def run_length(num_images: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:
-    """Steps of a run: `num_epochs` of whole batches, or `max_steps` if that is less."""
-    length = num_images // batch_size * num_epochs
+def run_length(num_images: int, batch_size: int, num_epochs: float, max_steps: int | None) -> int:
+    """Steps of a run: `num_epochs` of whole batches (to the nearest step), or `max_steps` if that is less."""
+    per_epoch = num_images // batch_size
+    length = max(min(1, per_epoch), round(per_epoch * num_epochs))
     return length if max_steps is None else min(length, max_steps)
 
 

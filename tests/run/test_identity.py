@@ -80,7 +80,7 @@ def test_differences_name_the_key_and_what_the_values_are_of():
 
 @pytest.mark.parametrize(
     ("num_images", "num_epochs", "max_steps", "length"),
-    [(100, 2, None, 12), (100, 2, 5, 5), (100, 2, 50, 12), (15, 3, None, 0)],
+    [(100, 2, None, 12), (100, 2, 5, 5), (100, 2, 50, 12), (15, 3, None, 0), (100, 1.5, None, 9), (100, 0.01, None, 1)],
 )
 def test_a_run_ends_at_the_earlier_of_its_two_lengths(num_images, num_epochs, max_steps, length):
     assert run_length(num_images, 16, num_epochs, max_steps) == length

@@ -61,7 +61,7 @@ def test_data_code_and_first_checkpoint_belong_to_a_runs_name(compose_config):
 
 def test_a_run_with_a_name_of_its_own_has_it_before_the_hash_in_its_folder(compose_config):
     identity = identify(parse(compose_config()), 1000, "data", "code")
-    assert folder_name(None, identity) == run_name(identity) == f"cifar10-ddpm32-adam-{run_name(identity)[-10:]}"
+    assert folder_name(None, identity) == run_name(identity) == f"cifar10-ddpm32-muon-{run_name(identity)[-10:]}"
     assert folder_name("big-lr", identity) == f"big-lr-{run_name(identity)[-10:]}"
 
 
