@@ -12,6 +12,7 @@ from modeling.build import build_optimizer
 from modeling.config import parse
 from modeling.data import Batches
 from modeling.ema import Ema
+from modeling.muon import Muon
 from modeling.run.bookkeeping import TrainState
 from modeling.run.step import Step
 from modeling.runtime import place
@@ -114,9 +115,10 @@ def test_the_update_decided_on_the_device_is_the_same(name, bad_steps, compose_c
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
-def test_no_step_between_log_lines_waits_for_the_cuda_device(precision, micro_batch_size):
+@pytest.mark.parametrize("kind", [Adam, Muon])
+def test_no_step_between_log_lines_waits_for_the_cuda_device(precision, micro_batch_size, kind):
     model = place(small_model(), torch.device("cuda"))
-    batches, optimizer = Batches(IMAGES.cuda(), 4, seed=0), Adam(model.parameters(), fused=True)
+    batches, optimizer = Batches(IMAGES.cuda(), 4, seed=0), kind(model.parameters(), 0.001, fused=True)
     options = {"precision": precision, "micro_batch_size": micro_batch_size, "log_every": 100, "checkpoint_every": 100}
     training = Recorder(model, 8, batches, optimizer, **options).training
 
