@@ -187,7 +187,10 @@ def load_fitting(module: nn.Module | Optimizer, state: dict, path: str | Path) -
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not fit: {error}") from error
-    if isinstance(module, Optimizer):  # the fused kernels read weights and moments in memory order
+    if isinstance(module, Optimizer):
+        for group in module.param_groups:  # the values of this run, not those of the checkpoint
+            group.update({key: module.defaults[key] for key in group.keys() & module.defaults.keys()})
+        # The fused kernels read weights and moments in memory order.
         for parameter, values in module.state.items():
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -49,7 +49,9 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, *, fused: bool = False):
         parameters, self.fused = list(parameters), fused
         groups = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-        super().__init__([{"params": group} for group in groups], {"lr": lr, "momentum": momentum})
+        # With "fused" among the values, torch loads step counts onto the device, where the kernel reads them.
+        values = {"lr": lr, "momentum": momentum, "fused": fused}
+        super().__init__([{"params": group} for group in groups], values)
         for parameter in groups[0]:
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         for parameter in groups[1]:

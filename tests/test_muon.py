@@ -93,6 +93,19 @@ def test_it_continues_from_its_state(network):
     assert all(map(torch.equal, train(network, second, range(2, 4)), expected))
 
 
+def test_a_loaded_state_leaves_the_optimizer_its_own_values(network):
+    state = Muon(network.parameters(), 0.01, momentum=0.9).state_dict()
+    load_fitting(second := Muon(network.parameters(), 0.02, momentum=0.8), state, "x")
+    assert [(group["lr"], group["momentum"]) for group in second.param_groups] == [(0.02, 0.8)] * 2
+
+
+def test_step_counts_are_loaded_onto_the_device_of_the_weights(network):
+    state = Muon(network.parameters(), 0.01, fused=True).state_dict()
+    moved = Muon(network.to("meta").parameters(), 0.01, fused=True)
+    moved.load_state_dict(state)
+    assert all(values["step"].is_meta for values in moved.state.values() if "step" in values)
+
+
 def test_a_parameter_without_a_gradient_stays(network):
     set_gradients(network, 0)
     before = copy.deepcopy(network[2].state_dict())
