@@ -46,7 +46,7 @@ class Sampling(Machine):
     """A trained model and how images are drawn from it."""
 
     checkpoint: PathText
-    """model.safetensors, a full checkpoint (.pt), or the run's folder; of evaluate.py also linear or gaussian."""
+    """model.safetensors, a full checkpoint (.pt), a run's folder; of evaluate.py also linear, gaussian, empirical."""
     weights: Literal["ema", "raw"]
     """The averaged weights, or the plain ones, which only a full checkpoint holds."""
     batch_size: PositiveInt | None

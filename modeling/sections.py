@@ -158,7 +158,7 @@ class Optimizer(Section):
 class Train(Section):
     init: PathText | None = None  # older files lack the key
     """Weights to start from, of the same network: model.safetensors, a checkpoint or a run's folder; null: random."""
-    num_epochs: Annotated[int | float, Field(gt=0)]
+    num_epochs: Annotated[float, Field(gt=0, le=1e9)]
     """Length of the training, in passes over the training images; the last one may be a part, to the nearest step."""
     max_steps: PositiveInt | None
     """Length in steps; training ends at the earlier of the two. null: num_epochs alone counts."""

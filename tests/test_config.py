@@ -38,7 +38,7 @@ def test_every_alternative_is_valid_alone(compose_config, group):
 def combinations() -> list[tuple[str, ...]]:
     """Every experiment with every model, and with these the other groups in turn."""
     others = itertools.cycle(itertools.product(["adam", "adamw", "muon", "sgd"], ["cifar10", "shapes", "folder"]))
-    experiments, models = ["demo", "assignment", "full", "paper"], ["unet", "ddpm", "ddpm_paper", "ddpm_small"]
+    experiments, models = (sorted(path.stem for path in (ROOT / "conf" / x).iterdir()) for x in ("experiment", "model"))
     pairs = itertools.product(experiments, models)
     return [(experiment, model, *next(others)) for experiment, model in pairs]
 
@@ -95,6 +95,9 @@ def test_the_documented_command_line_does_what_it_says(compose_config):
     [
         (["+train.num_epoch=1"], ["train.num_epoch: unknown key; the nearest known one is train.num_epochs"]),
         (["optimizer.lr=fast"], ["optimizer.lr=fast: input should be a valid number"]),
+        (["train.num_epochs=x"], ["train.num_epochs=x: input should be a valid number"]),
+        (["train.num_epochs=0"], ["train.num_epochs=0: input should be greater than 0"]),
+        (["train.num_epochs=1e308"], ["train.num_epochs=1e+308: input should be less than or equal to 1000000000"]),
         (["train.batch_size=1.5"], ["train.batch_size=1.5: input should be a valid integer"]),
         (["train.random_flip=3"], ["train.random_flip=3: input should be a valid boolean"]),
         (["optimizer.lr=-1"], ["optimizer.lr=-1: input should be greater than or equal to 0"]),

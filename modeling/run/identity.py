@@ -44,7 +44,7 @@ class Identity(TypedDict):
 def run_length(num_images: int, batch_size: int, num_epochs: float, max_steps: int | None) -> int:
     """Steps of a run: `num_epochs` of whole batches (to the nearest step), or `max_steps` if that is less."""
     per_epoch = num_images // batch_size
-    length = max(min(1, per_epoch), round(per_epoch * num_epochs))
+    length = max(min(1, per_epoch), round(per_epoch * num_epochs))  # none without a whole batch, which others reject
     return length if max_steps is None else min(length, max_steps)
 
 
