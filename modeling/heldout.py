@@ -80,7 +80,7 @@ def _by_timestep(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> tuple
 
 
 def linear_loss(train: Tensor, heldout: Tensor, alphas_cumprod: Tensor) -> tuple[float, dict[str, float]] | None:
-    """The best linear denoiser's `denoising_loss` on held-out images, expected over the noise, in closed form.
+    """The best linear denoiser's `denoising_loss` on held-out images in closed form, each image at every timestep.
 
     Fitted to training images of mean m and covariance S, it predicts eps = sqrt(1 - abar) (abar S + (1 - abar) I)^-1 y
     with y = x_t - sqrt(abar) m = sqrt(abar) (x_0 - m) + sqrt(1 - abar) eps. Along an eigenvector of S, of eigenvalue l,
@@ -90,7 +90,7 @@ def linear_loss(train: Tensor, heldout: Tensor, alphas_cumprod: Tensor) -> tuple
 
     Args:
         train: (N, C, H, W) uint8; the first 20,000 are used.
-        heldout: (M, C, H, W) uint8, each at its timestep of `denoising_loss`.
+        heldout: (M, C, H, W) uint8; M decides how often each timestep counts, as in `denoising_loss`.
         alphas_cumprod: (T + 1,), index 0 is clean data.
 
     Returns:

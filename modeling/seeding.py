@@ -95,8 +95,8 @@ def draw_integers(seed: int, purpose: Purpose, step: int, indices: Tensor, high:
 def draw_stratified(seed: int, purpose: Purpose, step: int, indices: Tensor, count: int, high: int) -> Tensor:
     """(B,) int64 in 0..high-1: number i of `count` is the integer part of high (i + u) / count, with one uniform u.
 
-    They are spread evenly, which a mean over them has less variance by than with independent numbers (Kingma et al.
-    2021, arXiv 2107.00630, appendix I.1), and each integer is as frequent as any other one.
+    They are spread evenly, so a mean over them has less variance than over independent numbers (Kingma et al. 2021,
+    arXiv 2107.00630, appendix I.1). All integers are equally frequent, up to the 20 bits of u.
 
     Args:
         indices: (B,) int64, some of 0..count-1; count high is below 2^43.

@@ -66,7 +66,7 @@ def test_there_are_no_more_bins_than_timesteps_and_no_empty_ones():
     assert list(denoising_loss(model(num_timesteps=20), IMAGES[:2], "cpu")[1]) == ["1-2", "11-12"]
 
 
-def test_the_linear_loss_is_what_the_linear_denoiser_is_expected_to_have():
+def test_the_linear_loss_is_the_linear_denoiser_s_expectation_over_noise_and_images():
     """Its exact expectation from the matrix B that the denoiser is: eps - B y, with y = sqrt(a) (x_0 - m) + s eps."""
     train = (random_images(50, 3, 2, 2) // 2 + torch.arange(12).reshape(3, 2, 2) * 5).byte()
     heldout = random_images(7, 3, 2, 2)
