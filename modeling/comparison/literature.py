@@ -25,10 +25,10 @@ def describe_literature(run: RunRecord) -> list[str]:
         f"{'training loss':>22} {'run':>10} {'literature':>10}",
     ]
     for step, loss in LOSSES.items():
-        images = step * BATCH_SIZE
-        is_reached = run.curve.edges[-1] >= images
-        value = run.curve.average(np.array([(1 - SHARE) * images, images]))[0][0]
-        lines.append(f"{f'{images:,} images':>22} {f'{value:.4g}' if is_reached else '':>10} {loss:>10.4f}")
+        images, value = step * BATCH_SIZE, ""
+        if is_reached := run.curve.edges[-1] >= images:
+            value = f"{run.curve.average(np.array([(1 - SHARE) * images, images]))[0][0]:.4g}"
+        lines.append(f"{f'{images:,} images':>22} {value:>10} {loss:>10.4f}")
         if not is_reached:
             break
     return lines
