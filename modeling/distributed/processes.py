@@ -49,8 +49,8 @@ class Processes(Agreement):
         if number >= num_gpus:
             raise UserError(
                 f"process {self.rank} is number {number + 1} on its machine, which has {num_gpus} GPUs: start one for "
-                f"each GPU (runtime.processes={num_gpus}, or torchrun --nproc-per-node={num_gpus}), or set "
-                "runtime.device=cpu"
+                f"each GPU (torchrun --nproc-per-node={num_gpus}, or main.py runtime.processes={num_gpus}), or set "
+                "device=cpu (of main.py: runtime.device=cpu)"
             )
         self.agree()
         torch.cuda.set_device(number)
