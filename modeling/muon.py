@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from modeling.training import gradients_of
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial that brings singular values near 1
 NUM_ITERATIONS = 5
 ADAM_RMS = 0.2  # of an update of Adam over its learning rate, about (Liu et al. 2025)
@@ -47,7 +49,7 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, *, fused: bool = False):
-        parameters, self.fused = list(parameters), fused
+        parameters = list(parameters)
         groups = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
         # With "fused" among the values, torch loads step counts onto the device, where the kernel reads them.
         values = {"lr": lr, "momentum": momentum, "fused": fused}
@@ -74,7 +76,7 @@ class Muon(torch.optim.Optimizer):
         self, shape: tuple[int, int], parameters: list[nn.Parameter], lr: float, momentum: float
     ) -> None:
         """Moves the parameters that are matrices of this shape."""
-        gradients = torch.stack([gradient.flatten(1) for gradient in _gradients_of(parameters)])
+        gradients = torch.stack([gradient.flatten(1) for gradient in gradients_of(parameters)])
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         before = torch.stack([buffer.flatten(1) for buffer in buffers])
         after = before.lerp(gradients, 1 - momentum)
@@ -90,11 +92,7 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         adam(
-            list(parameters), _gradients_of(parameters), means, squares, [], steps,
-            fused=self.fused, found_inf=self.found_inf, lr=lr, beta1=0.9, beta2=0.999, eps=1e-8,
+            list(parameters), gradients_of(parameters), means, squares, [], steps,
+            fused=self.defaults["fused"], found_inf=self.found_inf, lr=lr, beta1=0.9, beta2=0.999, eps=1e-8,
             weight_decay=0.0, amsgrad=False, maximize=False,
         )  # fmt: skip
-
-
-def _gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]

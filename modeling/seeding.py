@@ -101,7 +101,7 @@ def draw_stratified(seed: int, purpose: Purpose, step: int, indices: Tensor, cou
     Args:
         indices: (B,) int64, some of 0..count-1; count high is below 2^43.
     """
-    u = _shift(draw_bits(seed, purpose, step, torch.zeros_like(indices[:1]), 1)[0], 44)  # of 2^20
+    u = _shift(draw_bits(seed, purpose, step, indices.new_zeros(1), 1)[0], 44)  # of 2^20
     return ((indices << 20) + u) * high // (count << 20)
 
 

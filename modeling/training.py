@@ -67,10 +67,10 @@ def _add_gradients(
     if len(parts) > 2:
         half = first_half(len(parts))
         loss = _add_gradients(model, parts[:half], batch_size, precision, loss_scale)
-        gradients = gradients_of(model)
+        gradients = gradients_of(model.parameters())
         model.zero_grad()
         loss = loss + _add_gradients(model, parts[half:], batch_size, precision, loss_scale)
-        torch._foreach_add_(gradients_of(model), gradients)
+        torch._foreach_add_(gradients_of(model.parameters()), gradients)
         return loss
     losses = []
     for x_0, timesteps, noise, seed in parts:
@@ -94,9 +94,9 @@ def _call(model: DiffusionModel, x_0: Tensor, precision: str, **options: Tensor 
     return functional_call(model, half_copies(model, dtype), (x_0,), options, tie_weights=False)
 
 
-def gradients_of(model: nn.Module) -> list[Tensor]:
-    """The gradients that there are, in the order of the parameters."""
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients that there are, in the parameters' order."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def train_step(model: DiffusionModel, inputs: Tensor, optimizer: Optimizer, device: torch.device | str) -> Tensor:

@@ -82,6 +82,7 @@ def test_stratified_integers_are_one_in_each_stratum_and_do_not_depend_on_the_pa
     assert torch.equal(
         draws[count // 2 :], draw_stratified(0, Purpose.TIMESTEP, 3, torch.arange(count)[count // 2 :], count, high)
     )
+    assert draw_stratified(0, Purpose.TIMESTEP, 3, torch.arange(0), count, high).shape == (0,)
 
 
 def test_stratified_integers_are_uniform_over_the_steps():

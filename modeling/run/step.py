@@ -81,7 +81,7 @@ class Step:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.state.step)
-        gradients = gradients_of(self.model)
+        gradients = gradients_of(self.model.parameters())
         loss = self.processes.add_up(loss, gradients)
         if self.loss_scale is not None:
             self.loss_scale.unscale(gradients)

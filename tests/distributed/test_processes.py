@@ -66,7 +66,7 @@ def test_shares_of_a_step_add_up_to_the_bits_of_the_whole(precision, batch_size,
         step.precision, step.micro_batch_size, step.processes, step.batch_size = precision, 4, processes, batch_size
         rows = processes.share(batch_size, 4).rows
         loss = step.backward(images[rows.start : rows.stop])
-        return [loss, *gradients_of(ours)]
+        return [loss, *gradients_of(ours.parameters())]
 
     shares = [computed(Processes(rank, count)) for rank in range(count)]
     sums = [sum_as_tree(terms) for terms in zip(*shares, strict=True)]
