@@ -139,7 +139,8 @@ class EvaluateConfig(Sampling):
     out: PathText
     """A folder for evaluation.json, the samples and the pictures."""
     measures: Annotated[
-        list[Literal["bits_per_dim", "heldout_loss", "train_loss", "encoder", "fid"]], Field(min_length=1)
+        list[Literal["bits_per_dim", "heldout_loss", "train_loss", "solver_error", "encoder", "fid"]],
+        Field(min_length=1),
     ]
     """What is measured."""
     num_images: PositiveInt
@@ -154,6 +155,8 @@ class EvaluateConfig(Sampling):
     """bits_per_dim: timesteps drawn for each image; null: all T."""
     loss_images: PositiveInt
     """heldout_loss, train_loss: number of test or training images, at most all of them."""
+    solver_images: Annotated[int, Field(ge=2)]
+    """solver_error: number of images that each of its samplers draws."""
     encoder: PathText | None
     """encoder: the file that train_encoder.py wrote; null: the repository's."""
     inception_weights: PathText | None

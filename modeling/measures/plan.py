@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from modeling.measures.evaluation_file import FILE, Record, is_of, read_records
 from modeling.measures.network_measures import BitsMeasure, LossMeasure
 from modeling.measures.sample_measures import EncoderMeasure, InceptionMeasure
+from modeling.measures.solver_error import SolverMeasure
 from modeling.measures.subject import Subject
 from modeling.system.errors import UserError
 from modeling.system.files import locked, write_json
@@ -26,6 +27,7 @@ MEASURES: dict[str, Callable[[Subject], Measure]] = {
     "bits_per_dim": BitsMeasure,
     "heldout_loss": LossMeasure,
     "train_loss": partial(LossMeasure, split="train"),
+    "solver_error": SolverMeasure,
     "encoder": EncoderMeasure,
     "fid": InceptionMeasure,
 }
