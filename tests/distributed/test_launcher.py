@@ -45,6 +45,6 @@ def test_more_threads_than_there_are_cpus_for_each_process_are_rejected_before_o
 def test_more_processes_than_gpus_are_rejected(monkeypatch, device, num_gpus):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    message = rf"process {num_gpus} is number {num_gpus + 1} on its .*={num_gpus}, or main.py runtime.processes={num_gpus}\)"
+    message = rf"process {num_gpus} is number {num_gpus + 1} on its .* or main.py runtime.processes={num_gpus}\)"
     with pytest.raises(UserError, match=message):
         Processes(num_gpus, 8).use(torch.device(device))
