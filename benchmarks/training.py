@@ -152,8 +152,8 @@ def our_loading(overrides: list[str], batch_size: int) -> Contender:
 
 
 def our_run(overrides: list[str], folder: str, processes: Processes = ALONE) -> Run:
-    """The objects that `main.py` makes from these overrides, in one of these processes."""
-    config = compose(overrides)
+    """The objects that `main.py` makes from these overrides, in one of these processes; with the other loops' Adam."""
+    config = compose(["optimizer=adam", *overrides])
     machine = build.build_runtime(config.runtime)
     identity = identify(config, 1, data_sha256="", code_sha256="")
     return Run(config, read_manifest(config.dataset), 1, RunFolder(Path(folder), identity), *machine, processes)
