@@ -13,7 +13,8 @@ from modeling.system.signals import STOPPING, Stopped, uninterrupted
 
 WAIT_SECONDS, NUM_WAITS = 1, 45  # for a step of the others; many short waits: one is over at once after a suspension
 SAY_SECONDS = 2  # in which those that are alive have said so, once one has failed
-GOING_ON = 0  # a process's word at an agreement; another one is 1 + the exit code that it ends with
+# A process's word at an agreement; another one is 1 + the exit code that it ends with.
+GOING_ON, PAUSING = 0, -1
 
 
 class Agreement:
@@ -30,12 +31,20 @@ class Agreement:
         self.rank, self.count, self.store = rank, count, store
         self._num_agreed = 0
         self._may_pause = True  # whether one may keep the others waiting before the next agreement
+        self._will_pause = False  # this process's word at the next one
         self._is_over = False  # one has said that it ends
         self._is_lost = False  # one has not answered
 
     def expect_pause(self) -> None:
-        """Before the next agreement one process may take longer than a step: it writes, or computes a batch."""
+        """Before the next agreement one process may take longer than a step: it writes, or computes a batch.
+
+        Each process has to know it by itself; what one alone knows it announces.
+        """
         self._may_pause = True
+
+    def announce_pause(self) -> None:
+        """Says at the next agreement that this process may take longer than a step before the one after."""
+        self._will_pause = True
 
     def agree(self) -> None:
         """Waits until all processes have come here or end.
@@ -45,7 +54,8 @@ class Agreement:
         if self.count == 1:
             return
         with uninterrupted():
-            codes = [word - 1 for word in self._exchange(GOING_ON) if word != GOING_ON]
+            words = self._exchange(PAUSING if self._will_pause else GOING_ON)
+            codes = [word - 1 for word in words if word > GOING_ON]
             if not codes:
                 return
         if codes[0] not in STOPPING.values():
@@ -77,7 +87,7 @@ class Agreement:
             code, is_heard = error.code if isinstance(error, SystemExit) else 1, self._is_over
             if not self._is_over:
                 words = self._exchange(1 + int(code or 0))
-                is_heard = next(rank for rank, word in enumerate(words) if word != GOING_ON) != self.rank
+                is_heard = next(rank for rank, word in enumerate(words) if word > GOING_ON) != self.rank
             with contextlib.suppress(UserError, Failed):  # a launcher ends the others as soon as one has ended
                 self.expect_pause()
                 self._exchange(GOING_ON)
@@ -93,7 +103,8 @@ class Agreement:
         except RuntimeError as error:  # without a launcher the store ends with process 0
             raise self._loss() from error
         words = [int(theirs) for theirs in self._gather(torch.tensor([word]))]
-        self._may_pause, self._is_over = False, self._is_over or any(words)
+        self._will_pause, self._may_pause = False, PAUSING in words
+        self._is_over = self._is_over or max(words) > GOING_ON
         return words
 
     def _gather(self, ours: Tensor) -> list[Tensor]:

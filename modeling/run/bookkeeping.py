@@ -90,8 +90,12 @@ class Bookkeeping:
 
     @property
     def is_checkpoint_due(self) -> bool:
-        is_time = time.monotonic() - self._saved_at >= self.checkpoint_seconds
-        return self.state.step % self.checkpoint_every == 0 or self.state.step == self.last_step or is_time
+        return self.state.step % self.checkpoint_every == 0 or self.state.step == self.last_step
+
+    @property
+    def is_checkpoint_late(self) -> bool:
+        """Whether one is due after the next step because of the time since the last one."""
+        return time.monotonic() - self._saved_at >= self.checkpoint_seconds
 
     @property
     def are_samples_due(self) -> bool:

@@ -39,10 +39,13 @@ class Training:
             for images in loader:
                 loss = step.backward(images)
                 with uninterrupted():  # a stopped run is always between two steps
+                    is_late = self.tracker is not None and books.is_checkpoint_late
+                    if is_late:  # by the clock of the process that writes, so the others hear of it with the step
+                        step.processes.announce_pause()
                     books.count_step(step.update(loss), run.batches.batch_size)
                     if books.is_line_due:
                         self.log(bar)
-                    if books.is_checkpoint_due:
+                    if books.is_checkpoint_due or is_late:
                         self.save()
                 bar.update()
                 if books.are_samples_due:
@@ -61,7 +64,6 @@ class Training:
         """Writes a checkpoint of the state between two steps, after the log lines of the steps that it covers."""
         self.step.processes.expect_pause()
         if self.tracker is None:
-            self.books.note_checkpoint()
             return
         self.books.count_time()
         with self.books.clock.paused():

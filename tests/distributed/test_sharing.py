@@ -1,12 +1,14 @@
 """Work that two real processes share, forked from this one: who computes what, who writes it, and how an error ends."""
 
 import multiprocessing
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import distributed
 
+from modeling.distributed import agreement
 from modeling.distributed.processes import ALONE, Processes
 from modeling.measures.resumable import draw_in_parts
 from modeling.system.errors import Failed, UserError
@@ -87,3 +89,23 @@ def test_an_error_of_one_process_ends_the_other(in_two_processes):
         return list(processes.map(compute, range(100)))
 
     assert in_two_processes(work) == [Failed, UserError]
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_process_may_take_longer_than_a_step_if_it_has_announced_it(in_two_processes, monkeypatch, is_announced):
+    monkeypatch.setattr(agreement, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(agreement, "NUM_WAITS", 3)
+    monkeypatch.setattr(agreement, "SAY_SECONDS", 1)
+
+    def work(processes: Processes) -> str:
+        processes.agree()
+        if processes.rank == 0 and is_announced:
+            processes.announce_pause()
+        processes.agree()
+        if processes.rank == 0:
+            time.sleep(1)
+        processes.agree()
+        return "done"
+
+    found = in_two_processes(work)
+    assert found == ["done", "done"] if is_announced else UserError in found and "done" not in found

@@ -10,6 +10,7 @@ import torch
 from torch.optim import SGD, Adam
 
 from modeling.data import Batches
+from modeling.distributed.processes import Processes
 from modeling.ema import Ema
 from modeling.run import bookkeeping
 from modeling.run import step as step_module
@@ -114,8 +115,11 @@ def test_checkpoints_come_on_time_too(monkeypatch):
     now = iter(range(0, 10_000, 4))
     clock = SimpleNamespace(monotonic=lambda: float(next(now)), perf_counter=time.perf_counter)
     monkeypatch.setattr(bookkeeping, "time", clock)
+    announced = []
+    monkeypatch.setattr(Processes, "announce_pause", lambda processes: announced.append(processes.rank))
     record = run(small_model(), last_step=6, checkpoint_every=100, checkpoint_seconds=7)
     assert record.saved == [2, 4, 6]
+    assert announced == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("place", "expected_step"), [("forward", 2), ("update", 3), ("log", 2)])
