@@ -184,12 +184,14 @@ def load_fitting(module: nn.Module | Optimizer, state: dict, path: str | Path) -
         CheckpointError: if the state belongs to another module; names `path`.
     """
     try:
+        if isinstance(module, Optimizer):  # with the values of this run; "fused" says where torch puts step counts
+            groups = state["param_groups"]
+            groups = [group | {key: module.defaults[key] for key in group.keys() & module.defaults} for group in groups]
+            state = state | {"param_groups": groups}
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not fit: {error}") from error
     if isinstance(module, Optimizer):
-        for group in module.param_groups:  # the values of this run, not those of the checkpoint
-            group.update({key: module.defaults[key] for key in group.keys() & module.defaults.keys()})
         # The fused kernels read weights and moments in memory order.
         for parameter, values in module.state.items():
             for name, value in values.items():

@@ -10,20 +10,21 @@ from modeling.training import gradients_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial that brings singular values near 1
 NUM_ITERATIONS = 5
+SMALLEST_NORM = 1e-15  # that is brought to 1; far below it squares are no float32 numbers
 ADAM_RMS = 0.2  # of an update of Adam over its learning rate, about (Liu et al. 2025)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
     """U V^T of each matrix U S V^T, nearly: Newton-Schulz iterations bring its singular values to 0.7..1.2.
 
-    Those below a thousandth of the matrix's norm stay smaller (Jordan et al. 2024).
+    Those below 0.0015 of the matrix's norm stay smaller (Jordan et al. 2024), and so do matrices of a norm below 1e-15.
 
     Args:
         matrices: (N, rows, columns), float32.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
     first, second, third = COEFFICIENTS
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.mT
@@ -41,7 +42,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         parameters: all on one device.
         lr: learning rate.
-        momentum: share of the last update that is kept.
+        momentum: decay of the running mean of the gradients; Adam has its usual ones, 0.9 and 0.999.
         fused: Adam in one kernel, which torch has for CPUs and CUDA. As with torch's own fused optimizers, a step then
             changes nothing where the attribute `found_inf`, a scalar on the device, is 1.
     """
@@ -92,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         adam(
-            list(parameters), gradients_of(parameters), means, squares, [], steps,
+            parameters, gradients_of(parameters), means, squares, [], steps,
             fused=self.defaults["fused"], found_inf=self.found_inf, lr=lr, beta1=0.9, beta2=0.999, eps=1e-8,
             weight_decay=0.0, amsgrad=False, maximize=False,
         )  # fmt: skip

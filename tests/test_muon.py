@@ -41,8 +41,17 @@ def test_singular_values_become_nearly_one_and_their_vectors_stay(shape):
     torch.testing.assert_close(inside, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
 
 
-def test_a_zero_gradient_of_a_matrix_moves_nothing():
+@pytest.mark.parametrize(("smallest", "low", "high"), [(0.0016, 0.65, 1.25), (0.0005, 0.0, 0.3)])
+def test_singular_values_below_0_0015_of_the_norm_stay_smaller(smallest, low, high):
+    _, found = orthogonalise(torch.diag(torch.tensor([1.0, smallest]))[None])[0].diagonal()
+    assert low < found < high
+
+
+def test_a_gradient_of_nearly_nothing_moves_nothing():
     assert torch.equal(orthogonalise(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
+    for size in (1e-38, 1e-24, 1e-20):  # their squares are no float32 numbers
+        found = orthogonalise(size * torch.randn(1, 30, 40, generator=torch.Generator().manual_seed(0)))
+        assert found.abs().max() < 0.1
 
 
 def test_matrices_move_as_with_torch_s_muon():
@@ -99,10 +108,11 @@ def test_a_loaded_state_leaves_the_optimizer_its_own_values(network):
     assert [(group["lr"], group["momentum"]) for group in second.param_groups] == [(0.02, 0.8)] * 2
 
 
-def test_step_counts_are_loaded_onto_the_device_of_the_weights(network):
-    state = Muon(network.parameters(), 0.01, fused=True).state_dict()
+@pytest.mark.parametrize("was_fused", [False, True])
+def test_step_counts_are_loaded_onto_the_device_of_the_weights(network, was_fused):
+    state = Muon(network.parameters(), 0.01, fused=was_fused).state_dict()
     moved = Muon(network.to("meta").parameters(), 0.01, fused=True)
-    moved.load_state_dict(state)
+    load_fitting(moved, state, "x")
     assert all(values["step"].is_meta for values in moved.state.values() if "step" in values)
 
 
