@@ -14,10 +14,14 @@ SHARE = 0.05  # of the images so far: the run's loss is the mean over the last o
 
 
 def describe_literature(run: RunRecord) -> list[str]:
-    """The points that the run has reached, and the next one; nothing for another data set or another loss."""
+    """The points that the run has reached, and the next one.
+
+    Nothing for another data set, another loss or other first weights; no value where the run did not train.
+    """
     diffusion = run.config["diffusion"]  # an older run lacks keys that could have no other value
     is_same_loss = all(diffusion.get(key, value) == value for key, value in PROCESS.items())
-    if run.config["dataset"]["name"] != "cifar10" or not is_same_loss:
+    is_from_scratch = run.config["train"].get("init") is None
+    if run.config["dataset"]["name"] != "cifar10" or not is_same_loss or not is_from_scratch:
         return []
     lines = [
         f"\nliterature   {SOURCE}",
@@ -25,9 +29,10 @@ def describe_literature(run: RunRecord) -> list[str]:
         f"{'training loss':>22} {'run':>10} {'literature':>10}",
     ]
     for step, loss in LOSSES.items():
-        images, value = step * BATCH_SIZE, ""
-        if is_reached := run.curve.edges[-1] >= images:
-            value = f"{run.curve.average(np.array([(1 - SHARE) * images, images]))[0][0]:.4g}"
+        images = step * BATCH_SIZE
+        is_reached = run.curve.edges[-1] >= images
+        (mean,), (count,) = run.curve.average(np.array([(1 - SHARE) * images, images]))
+        value = f"{mean:.4g}" if is_reached and count > 0 else ""
         lines.append(f"{f'{images:,} images':>22} {value:>10} {loss:>10.4f}")
         if not is_reached:
             break
