@@ -104,7 +104,7 @@ def respaced_timesteps(abars: Tensor, num_steps: int, spacing: str = "trailing")
         abars: abar at the timesteps 0..T, (T + 1,) float64.
 
     Raises:
-        ValueError: unless 1 <= n <= T.
+        ValueError: unless 1 <= n <= T, or for another spacing.
     """
     last = len(abars) - 1
     if not 1 <= num_steps <= last:
@@ -118,9 +118,11 @@ def respaced_timesteps(abars: Tensor, num_steps: int, spacing: str = "trailing")
             points = last - (last - 1) * from_last
         case "quadratic":
             points = last * (i / num_steps) ** 2
-        case _:
+        case "log_snr":
             levels = abars[1:].logit()
             points = 1 + (levels - torch.lerp(levels[-1], levels[0], from_last)[:, None]).abs().argmin(dim=1)
+        case _:
+            raise ValueError(f"spacing must be one of {SPACINGS}, got {spacing!r}")
     timesteps = [0]
     for free_above, point in zip(range(num_steps - 1, -1, -1), points.tolist(), strict=True):
         timesteps.append(max(timesteps[-1] + 1, min(round(point), last - free_above)))

@@ -49,6 +49,11 @@ def test_every_sampler_visits_the_timesteps_of_its_spacing(name, spacing):
     assert seen == respaced_timesteps(ABARS, 5, spacing)
 
 
+def test_another_spacing_is_rejected():
+    with pytest.raises(ValueError, match="spacing must be one of .*, got 'trailling'"):
+        respaced_timesteps(ABARS, 5, "trailling")
+
+
 def test_more_steps_than_timesteps_are_rejected():
     with pytest.raises(ValueError, match=r"1\.\.1000, got 1001"):
         sample(zero_model(), 1, (3,), "cpu", Sampler(num_steps=1001))
