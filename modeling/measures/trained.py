@@ -18,7 +18,7 @@ from modeling.measures.empirical_denoiser import EmpiricalDenoiser
 from modeling.measures.linear_denoiser import fit_linear_denoiser
 from modeling.measures.resumable import advancing, draw_in_parts
 from modeling.options import EvaluateConfig, Sampling, weights_file
-from modeling.runtime import check_finite, place
+from modeling.runtime import check_finite, limit_threads, place
 from modeling.samplers import Sampler, sample_images
 from modeling.schedules import linear_betas, schedule_tables
 from modeling.system.errors import UserError
@@ -147,6 +147,7 @@ def compute_denoiser(
             f"measures=[{','.join(options.measures)}]: checkpoint=empirical has losses only, because its samples are "
             "the training images and every other image is unlikely to it: expected measures=[heldout_loss,train_loss]"
         )
+    limit_threads(options.num_threads)
     abar = schedule_tables(linear_betas(*COMPUTED_BETAS, COMPUTED_TIMESTEPS))["alphas_cumprod"]
     if is_empirical:
         denoiser = EmpiricalDenoiser(images, abar)
