@@ -1,4 +1,4 @@
-"""How far the samplers' few steps end from the solution of the model's own ODE."""
+"""How far the samplers end in few steps from the solution of the model's own ODE."""
 
 import itertools
 
@@ -21,8 +21,9 @@ class SolverMeasure:
 
     It is the root mean square over an image's numbers, in [-1, 1], of its difference from the solution of the model's
     probability-flow ODE (Song et al. 2021, arXiv 2011.13456) that begins with the same noise; its mean over images and
-    the standard error of that. `dpm_solver` with all T timesteps is taken for the solution. That `ddim` with all T ends
-    so near it ("ddim T") says how far it can be trusted.
+    the standard error of that. With `clip_x0` it is the ODE of the model whose predicted x_0 is clipped. `dpm_solver`
+    with all T timesteps is taken for the solution. How far `ddim` with all T ends from it ("ddim T") says how far it
+    can be trusted, up to the last step, from timestep 1 to x_0, which is the same in both.
     """
 
     def __init__(self, subject: Subject):
@@ -48,7 +49,7 @@ class SolverMeasure:
     def _measure_errors(self) -> Tensor:
         """(solvers less the first, images)."""
         trained, num_images = self.trained, self.num_images
-        evaluations = sum(solver.num_steps or 0 for solver in self.solvers)
+        evaluations = sum(solver.num_steps for solver in self.solvers)
         with progress_bar(total=num_images * evaluations, desc="solver error", unit="evaluation") as bar:
 
             def measure(start: int) -> Tensor:
