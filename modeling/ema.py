@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights, which samples far better than the weights themselves."""
+"""Exponential moving average (EMA) of the weights: in long runs at a constant learning rate it samples far better."""
 
 import copy
 

@@ -30,11 +30,12 @@ def denoising_loss(
 ) -> tuple[float, dict[str, float]]:
     """Measures the squared error of eps (eq. 14), with fixed noise and with timesteps spread evenly over 1..T.
 
-    Image i always has the same timestep and the same noise, so chance plays no part in a difference between models.
+    Image i of N always has the same timestep and the same noise: chance plays no part in a difference between models.
 
     Args:
         images: (N, C, H, W) uint8.
         batch_size: images at a time; the result depends on it by rounding only.
+        precision: "fp32", or "bf16" or "fp16" for the network's matrix products.
         desc: what is measured, for the progress bar and the error.
         processes: that share the batches; the result does not depend on their number, and each gets it.
 

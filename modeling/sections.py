@@ -138,7 +138,7 @@ class Optimizer(Section):
     lr: Annotated[float, Field(ge=0)]
     """Learning rate, after the warm-up."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None
-    """muon, sgd: share of the last update that is kept."""
+    """muon: decay of the running mean of the gradients; sgd: share of the last update that is kept."""
     weight_decay: Annotated[float, Field(ge=0)] | None
     """adamw: strength of the decay of weights."""
     lr_schedule: Literal["constant", "cosine"]

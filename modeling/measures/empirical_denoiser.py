@@ -17,7 +17,7 @@ class EmpiricalDenoiser(nn.Module):
     images, as of any.
 
     Args:
-        images: (N, C, H, W) uint8; they stay where they are, a part of them is float at a time.
+        images: (N, C, H, W) uint8, on the module's device; a part of them is float at a time.
         alphas_cumprod: (T + 1,), index 0 is clean data.
 
     Called as an eps model: x (B, C, H, W), t = timestep / T (B,). A call costs 4 B N C H W operations.

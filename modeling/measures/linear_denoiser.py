@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 
 class LinearDenoiser(nn.Module):
-    """E[eps | x_t] for data N(mean, covariance): eps = sqrt(1 - abar) (abar covariance + (1 - abar) I)^-1 (x_t - ...).
+    """E[eps | x_t] for data N(mean, covariance).
+
+    It is sqrt(1 - abar) (abar covariance + (1 - abar) I)^-1 (x_t - sqrt(abar) mean).
 
     Args:
         mean: (D,) or a scalar tensor, of the flattened images in [-1, 1].
