@@ -5,11 +5,14 @@ it is unpickled, and the unpickler knows the three names that a NumPy array need
 """
 
 import hashlib
+import http.client
 import io
+import lzma
 import os
 import pickle
 import tarfile
 import urllib.request
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -108,7 +111,7 @@ def _read_archive(archive: Path) -> dict[str, bytes]:
                     file = tar.extractfile(info)
                     assert file is not None  # as it is for links and devices only
                     members[name] = file.read()
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{archive} cannot be read ({reason}): {_remedy(archive)}") from error
     return members
@@ -130,7 +133,7 @@ def download(urls: Sequence[str], archive: Path) -> None:
             _download_one(url, part)
             os.replace(part, archive)
             return
-        except (OSError, ValueError) as error:  # URLError, timeouts and HTTP errors are OSErrors
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
             reasons.append(f"{url}: {error}")
         finally:
             part.unlink(missing_ok=True)

@@ -57,7 +57,10 @@ def _decode(file: Path | io.BytesIO) -> Image.Image:
     with Image.open(file, formats=_FORMATS) as image:
         image.load()  # in a PNG the orientation may come last
         # Not ImageOps.exif_transpose: it rewrites the metadata, and fails where they are damaged.
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        try:
+            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        except _DECODING_ERRORS:  # damaged metadata say nothing
+            turn = None
         return _to_rgb(image if turn is None else image.transpose(turn))
 
 

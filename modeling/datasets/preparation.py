@@ -24,6 +24,7 @@ from modeling.stage import Facts, FileFacts, Manifest, load_manifest, repository
 from modeling.system.errors import UserError
 from modeling.system.files import fsync, locked, naming, sampled_sha256_of, sha256_of, sync
 from modeling.system.progress import progress_bar
+from modeling.system.signals import uninterrupted
 
 NUM_SHAPES, NUM_TEST_SHAPES = 20_000, 2_000
 SOURCES = {  # where the images come from, not from which disk: the manifest is the same on every machine
@@ -187,14 +188,15 @@ def _replace_folder(dataset: Dataset, train: Images, test: Images, facts: Facts)
         manifest: Manifest = {"dataset": _wanted(dataset), "source": _source(dataset), **facts, "files": files}
         _write(new / "manifest.json", [(json.dumps(manifest, indent=2) + "\n").encode()])
         sync(new)
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
+        with uninterrupted():
+            if folder.exists():
+                os.replace(folder, old)
+            try:
+                os.replace(new, folder)
+            except OSError:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
     finally:
         for path in (new, old):
             shutil.rmtree(path, ignore_errors=True)

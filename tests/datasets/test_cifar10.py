@@ -68,7 +68,7 @@ def test_a_folder_of_another_kind_is_no_archive_and_nothing_is_downloaded_over_i
         prepare(small(tmp_path / "data", tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "member", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "zeros", "member", "missing"])
 @pytest.mark.fault("hostile archive")
 def test_a_damaged_or_altered_archive_is_rejected_with_the_remedy(tmp_path, archive, damage):
     content = archive.read_bytes()
@@ -78,6 +78,8 @@ def test_a_damaged_or_altered_archive_is_rejected_with_the_remedy(tmp_path, arch
         archive.write_bytes(b"")
     elif damage == "text":
         archive.write_text("<html>not found</html>")
+    elif damage == "zeros":  # in the middle of what is compressed
+        archive.write_bytes(content[:2000] + bytes(2000) + content[4000:])
     elif damage == "member":
         write_archive(archive, CONTENTS | {"data_batch_3": batch(4, 33)})
     else:
@@ -185,11 +187,11 @@ def test_two_downloads_at_once_make_one_valid_copy(tmp_path, archive, server):
 
 @pytest.mark.fault("hostile archive")
 def test_an_error_without_network_names_every_address_and_the_remedy(tmp_path, server):
-    closed = "http://127.0.0.1:9/closed"
+    closed, strange = "http://127.0.0.1:9/closed", "http://127.0.0.1:9/a b"  # http.client's own error
     with pytest.raises(UserError) as caught:
-        download([closed, f"{server}/nothing"], tmp_path / "cifar.tar.gz")
+        download([closed, strange, f"{server}/nothing"], tmp_path / "cifar.tar.gz")
     remedy = "put the archive cifar-10-python.tar.gz of https://www.cs.toronto.edu"
-    for part in (closed, "404", remedy, "dataset.archive"):
+    for part in (closed, strange, "404", remedy, "dataset.archive"):
         assert part in str(caught.value)
 
 

@@ -139,6 +139,13 @@ def test_damaged_metadata_neither_warn_nor_matter(tmp_path):
     np.testing.assert_array_equal(read_picture(path), noise(32, 32).transpose(2, 0, 1))
 
 
+def test_metadata_that_are_none_do_not_matter(tmp_path):
+    path = stored(noise(32, 32), tmp_path / "a.jpg", exif=b"Exif\0\0" + bytes(64), quality=100, subsampling=0)
+    with Image.open(path) as image, pytest.raises(SyntaxError):
+        image.getexif().get(270)
+    assert read_picture(path).shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize("kind", ["compressed", "international", "profile"])
 def test_metadata_of_megabytes_do_not_matter(tmp_path, kind):
     """Pillow reads a megabyte of each by default."""
