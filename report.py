@@ -91,7 +91,7 @@ def main() -> int:
             from modeling.comparison.page import write_page  # imports the library of charts, which takes a second
 
             runs, problems = summaries(options)
-            write_page(runs, options.html)
+            write_page(runs, options.html, options.references)
             print("\n".join([*problems, str(options.html)]))
         elif options.is_table:
             show_table(options)

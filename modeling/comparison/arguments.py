@@ -52,5 +52,7 @@ def read_arguments(description: str | None, references: Path) -> argparse.Namesp
             parser.error(f"--{key} {path}: expected a name that ends with {suffix}")
     given, options.runs = options.runs, find_runs(options.runs or [Path("runs")])
     options.are_named = options.runs == given
+    if of_one and not options.are_named:
+        parser.error(f"--{of_one[0]} needs one run: {given[0]} is a folder with runs in it")
     options.is_table = bool(of_table) or not options.are_named or len(given) > 2
     return options

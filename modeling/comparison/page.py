@@ -195,12 +195,12 @@ def render_page(runs: list[PageRun]) -> str:
     )
 
 
-def write_page(runs: list[RunSummary], out: Path) -> None:
-    """Writes the page of these runs, in this order.
+def write_page(runs: list[RunSummary], out: Path, references: Path = ROOT / "references") -> None:
+    """Writes the page of these runs, in this order, each beside the nearest reference in that folder.
 
     Raises:
         UserError: if a file of a run is damaged.
         OSError: if a file cannot be read or the page cannot be written.
     """
-    references = load_references(ROOT / "references")
-    write_atomically(out, render_page([read_page_run(run, references) for run in runs]).encode())
+    loaded = load_references(references)
+    write_atomically(out, render_page([read_page_run(run, loaded) for run in runs]).encode())

@@ -109,6 +109,16 @@ def _pictures(folder: Path) -> list[Picture]:
     return [picture(path) for path in sorted(folder.glob("*")) if path.suffix in _KINDS and path.is_file()]
 
 
+def _pictures_of_samples(summary: RunSummary) -> list[Picture]:
+    """Those that evaluate.py drew of samples of this run."""
+    places = [
+        place
+        for place, records in summary.evaluations
+        if any("samples" in record["identity"] for record in records.values())
+    ]
+    return [one for place in places for one in _pictures(place)]
+
+
 def _grids(folder: Path) -> list[Picture]:
     """Those of at most NUM_GRIDS steps, evenly spaced, the first and the last among them."""
     paths = sorted((path for path in folder.glob("*.png") if path.stem.isdecimal()), key=lambda path: int(path.stem))
@@ -148,5 +158,5 @@ def read_page_run(summary: RunSummary, references: dict[str, Reference]) -> Page
         grids={kind: _grids(folder / "samples" / kind) for kind in ("ema", "raw")},
         inputs=[picture(path) for path in [folder / "samples" / "inputs.png"] if path.exists()],
         numbers=_own_measures(summary.config, summary.metrics) + summary.measures,
-        pictures=_pictures(folder) + [one for place, _ in summary.evaluations for one in _pictures(place)],
+        pictures=_pictures(folder) + _pictures_of_samples(summary),
     )

@@ -51,12 +51,18 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(self.out / "journal.jsonl")))
         self.study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
-        for trial in self.study.get_trials(states=[TrialState.RUNNING]):  # of a process that was killed
-            self._enqueue(trial)
-            self.study.tell(trial.number, state=TrialState.FAIL)
 
     def _enqueue(self, trial: FrozenTrial) -> None:
         self.study.enqueue_trial(trial.params, user_attrs={"is_again": True})
+
+    def take_up_killed(self) -> None:
+        """Draws the trials again that were running when their process was killed, with their values.
+
+        Only for who holds the folder's lock: another process's trials run still.
+        """
+        for trial in self.study.get_trials(states=[TrialState.RUNNING]):
+            self._enqueue(trial)
+            self.study.tell(trial.number, state=TrialState.FAIL)
 
     def run(self) -> str:
         """Runs trials until all are drawn and none that was stopped is in play; returns the best, for the terminal.
@@ -65,6 +71,7 @@ class Search:
             UserError: if no trial was finished, or one failed before its first line of metrics: others would, too.
         """
         with locked(self.out / "lock"):
+            self.take_up_killed()
             while True:
                 trials = self.study.get_trials()
                 num_drawn = sum("is_again" not in trial.user_attrs for trial in trials)

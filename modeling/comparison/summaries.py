@@ -15,6 +15,8 @@ from modeling.system.errors import UserError
 from modeling.system.files import is_locked, sha256_of
 from modeling.system.reading import read_json, read_yaml
 
+EVALUATIONS = Path("evaluation")  # where evaluate.py writes if it is not told
+
 
 class _Train(TypedDict):
     batch_size: int
@@ -83,26 +85,43 @@ def find_runs(places: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _evaluations(folder: Path) -> list[tuple[Path, dict[str, Measured]]]:
-    """What evaluate.py measured of this run's weights, in its folder or in `evaluation/`."""
-    found = {path.resolve() for place in (folder, Path("evaluation")) for path in place.rglob("evaluation.json")}
+def _read_evaluations(place: Path, problems: list[str] | None = None) -> dict[Path, dict[str, Measured]]:
+    """What evaluate.py wrote below a folder, by file; one that is damaged is an error, or a line more of `problems`."""
+    found = {}
+    for path in sorted(path.resolve() for path in place.rglob("evaluation.json")):
+        try:
+            found[path] = read_json(path, dict[str, Measured])
+        except UserError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    return found
+
+
+def _evaluations(folder: Path, elsewhere: dict[Path, dict[str, Measured]]) -> list[tuple[Path, dict[str, Measured]]]:
+    """What was measured of this run's weights, or of samples of them: folder, and name -> numbers."""
+    found = elsewhere | _read_evaluations(folder)
     weights = [folder / "model.safetensors", folder / "checkpoints" / "last.pt"]
     own = {sha256_of(path) for path in weights if path.exists()} if found else set()
     evaluations = []
-    for path in sorted(found):
-        records = read_json(path, dict[str, Measured])
-        identities = [record["identity"] for record in records.values()]
-        if own & {(one | one.get("samples", {})).get("checkpoint_sha256") for one in identities}:
-            evaluations.append((path.parent, records))
+    for path, records in sorted(found.items()):
+        identities = {name: record["identity"] for name, record in records.items()}
+        hashes = {name: (one | one.get("samples", {})).get("checkpoint_sha256") for name, one in identities.items()}
+        if ours := {name: record for name, record in records.items() if hashes[name] in own}:
+            evaluations.append((path.parent, ours))
     return evaluations
 
 
-def read_summary(folder: Path) -> RunSummary:
+def read_summary(folder: Path, elsewhere: dict[Path, dict[str, Measured]] | None = None) -> RunSummary:
     """What a run's folder holds, finished or just begun.
+
+    Args:
+        elsewhere: evaluations that may be of this run beside those in its folder; by default those in `evaluation/`.
 
     Raises:
         UserError: if it is no run's folder, or its configuration or an evaluation is damaged.
     """
+    elsewhere = _read_evaluations(EVALUATIONS) if elsewhere is None else elsewhere
     try:
         config: dict[str, Any] = dict(read_yaml(folder / "config.yaml", _Config))
     except OSError as error:
@@ -131,20 +150,21 @@ def read_summary(folder: Path) -> RunSummary:
         compared=flatten(comparable(config)),
         record=record,
         metrics=metrics,
-        evaluations=_evaluations(folder),
+        evaluations=_evaluations(folder, elsewhere),
     )
 
 
 def read_summaries(folders: Iterable[Path]) -> tuple[list[RunSummary], list[str]]:
-    """The runs in these folders, and a line for each that failed or cannot be read.
+    """The runs in these folders, and a line for each that failed or cannot be read, as for an evaluation elsewhere.
 
     Raises:
         UserError: if none can be read.
     """
     runs, problems = [], []
+    elsewhere = _read_evaluations(EVALUATIONS, problems)
     for folder in folders:
         try:
-            runs.append(read_summary(folder))
+            runs.append(read_summary(folder, elsewhere))
         except UserError as error:  # one damaged run hides no other
             problems.append(str(error))
         except OSError as error:

@@ -32,7 +32,7 @@ RESULTS = {
     "memory_bytes": ("", ",.0f"),
 }
 # Of what evaluate.py measures the text has the bound that docs/results.md gives, and the distances.
-_MEASURES = {"bits_per_dim: large, clipped": "bits/dim", "fid: fid": "FID", "frechet_distance": "FD"}
+_MEASURES = {"bits_per_dim: large, clipped": "bits/dim", "fid: fid": "FID", "encoder/frechet_distance": "FD"}
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _measures(runs: Sequence[RunSummary]) -> tuple[list[Column], list[str]]:
     counts, seen, columns, notes = Counter(row["name"] for row in rows), Counter[str](), [], []
     for row in rows:
         key = name = row["name"]
-        title = _MEASURES.get(name) or _MEASURES.get(name.rpartition("/")[2], "")
+        title = _MEASURES.get(name, "")
         if counts[name] > 1:
             seen[name] += 1
             parts = differing_keys([one["identity"] for one in rows if one["name"] == name])

@@ -176,12 +176,26 @@ def test_an_evaluation_is_of_the_run_whose_weights_were_measured(write_run, page
     (tmp_path / "evaluation").mkdir()
     identity = {"checkpoint_sha256": sha256_of(folder / "model.safetensors"), "num_images": 500}
     record = {"values": {"encoder/precision": 0.125, "bins": {"1-2": 1.0}}, "identity": {"samples": identity}}
-    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"encoder": record}))
+    bits = {"values": {"b": {"total": 4.5}}, "identity": {"checkpoint_sha256": sha256_of(other / "model.safetensors")}}
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"encoder": record, "bits_per_dim": bits}))
     Image.new("RGB", (9, 9)).save(tmp_path / "evaluation" / "neighbours.png")
     text = page(folder)
     assert "0.1250" in text
     assert "nearest training images" in text
-    assert "0.1250" not in page(other)
+    assert "4.5000" not in text
+    text = page(other)
+    assert "4.5000" in text
+    assert "0.1250" not in text
+    assert "nearest training images" not in text
+
+
+def test_a_damaged_evaluation_hides_no_run(write_run, command, tmp_path, monkeypatch):
+    write_run(noisy(0), "runs/a")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text("{")
+    code, text = command()
+    assert (code, "evaluation.json is no JSON of the expected form" in text, "finished" in text) == (0, True, True)
 
 
 def test_only_numbers_of_one_identity_share_a_row_and_the_best_is_marked():

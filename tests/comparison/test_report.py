@@ -141,6 +141,12 @@ def test_arguments_that_do_not_fit_are_rejected(monkeypatch, capsys, arguments, 
     assert message in capsys.readouterr().err
 
 
+def test_options_of_one_run_are_rejected_for_a_folder_of_runs(write_run, command, tmp_path):
+    write_run(noisy(0), "some/a")
+    code, text = command(tmp_path / "some", "--save", "default")
+    assert (code, "--save needs one run: " in text) == (2, True)
+
+
 def test_the_page_is_of_all_runs_or_of_those_named(write_run, command, monkeypatch, tmp_path):
     for name in ("a", "b"):
         write_run(noisy(0), f"runs/{name}")

@@ -7,6 +7,7 @@ import pytest
 from modeling.config import parse
 from modeling.options import SearchConfig
 from modeling.system.errors import UserError
+from modeling.system.files import LockedError, locked
 from modeling.system.reading import read_yaml
 from tests.helpers import ROOT
 
@@ -44,6 +45,8 @@ def test_a_search_started_again_does_not_repeat_its_draws_and_draws_as_the_unbro
 def test_a_trial_that_was_running_when_its_search_was_killed_is_taken_up_with_its_values(tmp_path):
     params = drawn(search(tmp_path))
     again = search(tmp_path)
+    assert [trial.state for trial in again.study.get_trials()] == [TrialState.RUNNING]  # perhaps of a living process
+    again.take_up_killed()
     assert [trial.state for trial in again.study.get_trials()] == [TrialState.FAIL, TrialState.WAITING]
     assert drawn(again) == params
 
@@ -66,9 +69,20 @@ def test_a_trial_that_cannot_begin_ends_the_search_and_is_tried_again_by_the_nex
     message = r"trial 0 failed before its first step: .* holds no prepared data: run .*\.log\)"
     with pytest.raises(UserError, match=message):
         search(tmp_path, overrides=f"dataset.root={tmp_path}").run()
-    first, waiting = search(tmp_path, overrides=f"dataset.root={tmp_path}").study.get_trials()
+    again = search(tmp_path, overrides=f"dataset.root={tmp_path}")
+    again.take_up_killed()
+    first, waiting = again.study.get_trials()
     assert (first.state, waiting.state) == (TrialState.FAIL, TrialState.WAITING)
     assert waiting.system_attrs["fixed_params"] == first.params
+
+
+def test_a_second_process_in_the_folder_leaves_the_first_one_s_trials_alone(tmp_path):
+    first = search(tmp_path)
+    with locked(tmp_path / "lock"):
+        drawn(first)
+        with pytest.raises(LockedError):
+            search(tmp_path).run()
+        assert [trial.state for trial in first.study.get_trials()] == [TrialState.RUNNING]
 
 
 def test_a_folder_with_another_search_is_rejected(tmp_path):

@@ -140,6 +140,16 @@ def test_numbers_that_depend_on_other_images_are_in_columns_of_their_own(runs, t
     assert (columns["bits/dim 1"], columns["bits/dim 2"]) == ([4.0, 5.0, None], [None, None, 6.0])
 
 
+def test_fd_is_the_encoder_s_distance_alone(runs, table):
+    folder = runs("a")
+    (folder / "model.safetensors").write_bytes(b"a")
+    identity = {"checkpoint_sha256": sha256_of(folder / "model.safetensors")}
+    values = {"encoder/frechet_distance": 1.5, "inception-2015/frechet_distance": 20.0}
+    records = {"encoder": {"values": values, "identity": identity}}
+    (folder / "evaluation.json").write_text(json.dumps(records))
+    assert table()[0][0].count("FD") == 1
+
+
 def test_two_settings_with_one_last_part_are_told_apart(runs, table):
     runs("a", dataset__seed=5)
     runs("b", dataset__seed=6, seed=1)
