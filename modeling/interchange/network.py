@@ -202,14 +202,14 @@ def to_diffusers(arguments: dict[str, Any], weights: Mapping[str, Tensor]) -> tu
         weights: its state dict, float32.
 
     Returns:
-        The UNet2DModel's config and its state dict.
+        The UNet2DModel's config and its state dict, contiguous.
 
     Raises:
         UserError: if no UNet2DModel is this network, or the weights belong to another one.
     """
     config, table = unet_config(**arguments), _table(arguments)
     _check_weights(weights, {name: shape for name, (_, shape, _) in table.items()})
-    return config, {theirs: weights[name].reshape(shape) for name, (theirs, _, shape) in table.items()}
+    return config, {theirs: weights[name].reshape(shape).contiguous() for name, (theirs, _, shape) in table.items()}
 
 
 def from_diffusers(

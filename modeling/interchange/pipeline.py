@@ -52,11 +52,12 @@ def write_pipeline(checkpoint: Path, folder: Path) -> None:
     if width != height:
         unet["sample_size"] = [height, width]
 
+    (folder / INDEX).unlink(missing_ok=True)  # without it the folder is no pipeline, so it is the last to be written
     write_atomically(folder / Path(UNET).with_name(WEIGHTS[0]), save(weights, metadata={"format": "pt"}))
     _write_config(folder / UNET, "UNet2DModel", unet)
     _write_config(folder / SCHEDULER, "DDPMScheduler", scheduler)
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
-    _write_config(folder / INDEX, "DDPMPipeline", parts)  # last: without it the folder is no pipeline
+    _write_config(folder / INDEX, "DDPMPipeline", parts)
 
 
 def _read_config(folder: Path, name: str, class_names: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:

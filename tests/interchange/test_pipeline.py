@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 import convert
-from modeling.checkpoint import export_weights, load_weights
+from modeling.checkpoint import export_weights, load_weights, save_checkpoint
 from modeling.config import Config, Trained, parse
 from modeling.ddpm_unet import DdpmUnet
 from modeling.diffusion import DiffusionModel
+from modeling.interchange import pipeline
 from modeling.interchange.network import to_diffusers
 from modeling.interchange.pipeline import SCHEDULER, UNET
-from tests.helpers import Payload, equal
+from modeling.run.bookkeeping import TrainState
+from tests.helpers import Payload, ended_after, equal
 from tests.interchange.networks import TINY, network
 
 
@@ -81,6 +83,19 @@ def test_an_exported_run_is_a_pipeline_and_comes_back_to_the_bit(diffusers, call
     values, weights = load_weights("back.safetensors")
     assert equal(weights, dict(network("tiny").state_dict()))
     assert parse(values) == config
+
+
+def test_a_full_checkpoint_is_exported_as_its_averaged_weights(call, compose_config, exported):
+    """Whose convolutions have the channels last, as in training."""
+    net = network("tiny").to(memory_format=torch.channels_last)
+    config = write_tiny(compose_config)
+    save_checkpoint(
+        "last.pt", about={}, config=config.model_dump(), state=TrainState(), model=net, ema=net,
+        optimizer=torch.optim.Adam(net.parameters()),
+    )  # fmt: skip
+    call("checkpoint=last.pt", "out=again")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (Path("again") / name).read_bytes() == (exported / name).read_bytes()
 
 
 def test_a_network_for_grey_images_of_48x64_goes_there_and_back(diffusers, call, compose_config):
@@ -204,7 +219,7 @@ def test_a_run_that_diffusers_cannot_express_writes_nothing(error_of, compose_co
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_an_existing_output_is_not_overwritten_unasked(exported, call, error_of, tmp_path):
+def test_an_existing_output_is_not_overwritten_unasked(exported, call, error_of, tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for checkpoint, out, message in (
         ("model.safetensors", "exported", "out=exported: exists already"),
@@ -216,6 +231,10 @@ def test_an_existing_output_is_not_overwritten_unasked(exported, call, error_of,
     error = error_of("checkpoint=model.safetensors", "out=model.safetensors", "overwrite=true")
     assert "model.safetensors: is a file, and a folder is to be written" in error
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "write_atomically", ended_after(print, 0, KeyboardInterrupt))
+        call("checkpoint=model.safetensors", "out=exported", "overwrite=true")
+    assert not (exported / "model_index.json").exists()  # a mixture of two is no pipeline
     call("checkpoint=model.safetensors", "out=exported", "overwrite=true")
     call("checkpoint=exported", "out=model.safetensors", "overwrite=true")
     assert equal(load_weights("model.safetensors")[1], dict(network("tiny").state_dict()))
