@@ -162,6 +162,14 @@ class EvaluateConfig(Sampling):
     inception_weights: PathText | None
     """fid: torch-fidelity's file; null: downloaded."""
 
+    @model_validator(mode="after")
+    def _fits_measures(self) -> Self:
+        owners = {"encoder": ["encoder"], "inception_weights": ["fid"], "samples": ["encoder", "fid"]}
+        for key, measures in owners.items():
+            if getattr(self, key) is not None and not set(measures) & set(self.measures):
+                raise ValueError(f"{key} must be null without {' or '.join(measures)} in measures, got {self.measures}")
+        return self
+
 
 class EncoderConfig(Machine):
     """All of `conf/encoder.yaml`."""

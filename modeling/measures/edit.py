@@ -67,8 +67,11 @@ def draw_edited(trained: TrainedModel, options: SampleConfig, num_images: int, b
         found, wanted = ("x".join(map(str, pair)) for pair in (mask_size, size))
         raise UserError(f"mask={options.mask}: {found} pixels, expected the size of image={options.image}, {wanted}")
     is_drawn = mask > 127
-    if not is_drawn.any():
-        raise UserError(f"mask={options.mask}: is black everywhere, expected white where the picture is to be drawn")
+    if is_drawn.all() or not is_drawn.any():
+        colour = "white everywhere (transparent is white)" if is_drawn.any() else "black everywhere"
+        raise UserError(
+            f"mask={options.mask}: is {colour}, expected white where the picture is to be drawn and black elsewhere"
+        )
     images = inpaint(
         trained.model, image, is_drawn, *place, seed=options.seed, precision=trained.precision, bar=bar,
         num_resamplings=options.num_resamplings or NUM_RESAMPLINGS, jump_length=options.jump_length or JUMP_LENGTH,

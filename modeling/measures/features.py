@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -89,7 +90,10 @@ def extract_features(
     if path is not None and processes.rank == 0:
         buffer = io.BytesIO()
         np.savez(buffer, values=features.values.numpy())  # in a zip archive, which has checksums
-        write_atomically(path, buffer.getbuffer())
+        try:
+            write_atomically(path, buffer.getbuffer())
+        except OSError as error:  # a read-only disk of data, for example
+            print(f"warning: {path}: {error.strerror}: the features are not kept for the next time", file=sys.stderr)
     return features
 
 

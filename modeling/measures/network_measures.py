@@ -12,7 +12,7 @@ from modeling.heldout import denoising_loss
 from modeling.measures.evaluation_file import Record
 from modeling.measures.resumable import advancing, draw_in_parts
 from modeling.measures.subject import Subject
-from modeling.runtime import check_finite
+from modeling.runtime import check_finite, evaluation_batch_size
 from modeling.system.progress import progress_bar
 
 _NUM_TERMS = 10  # of the rate, in a record
@@ -101,6 +101,10 @@ class LossMeasure:
         trained, desc = self.trained, f"loss ({self.identity['split']} images)"
         total, bins = denoising_loss(
             trained.model, self.images, trained.device, precision=trained.precision, desc=desc,
+            batch_size=evaluation_batch_size(trained.options.batch_size, math.prod(self.images.shape[2:])),
             processes=trained.processes,
         )  # fmt: skip
-        return {"values": {"total": total, "bins": bins}, "identity": self.identity | trained.environment}
+        abars = trained.model.schedules_float64["alphas_cumprod"]  # the loss is comparable for one process only
+        process = {"num_timesteps": trained.model.num_timesteps, "alphas_cumprod": [abars[1].item(), abars[-1].item()]}
+        identity = self.identity | process | trained.environment
+        return {"values": {"total": total, "bins": bins}, "identity": identity}

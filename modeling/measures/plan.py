@@ -60,6 +60,8 @@ def take_measures(subject: Subject) -> Iterator[tuple[str, Record]]:
                 f"out={options.out}: holds {', '.join(other)} of another model or with other options; name another "
                 "folder or set overwrite=true, which replaces these and keeps the rest"
             )
+        if any("samples" in measures[name].identity for name in measures if name not in done):
+            subject.samples.held()  # or an error, before anything is measured
         for name, measure in measures.items():
             if name not in done:
                 records[name] = measure.take()

@@ -9,7 +9,7 @@ from modeling.images import encode_png
 from modeling.measures.distances import measure_distances
 from modeling.measures.evaluation_file import Record
 from modeling.measures.extractors import Extractor, load_inception, load_own_encoder
-from modeling.measures.features import Features, extract_features
+from modeling.measures.features import MIN_IMAGES, Features, extract_features
 from modeling.measures.neighbours import draw_neighbours, memorisation_ratio, nearest_neighbours
 from modeling.measures.subject import Subject
 from modeling.options import REPOSITORY
@@ -24,19 +24,28 @@ class DistanceMeasure:
 
     Args:
         batch_size: images that go through the extractor at a time.
+
+    Raises:
+        UserError: for too few images.
     """
 
     def __init__(self, subject: Subject, extractor: Extractor, batch_size: int):
         self.subject, self.extractor, self.batch_size = subject, extractor, batch_size
         samples = subject.samples
+        self._check_number("samples", samples.num_images)
+        self._check_number("training images", len(subject.data.train))
         self.identity = {"samples": samples.identity, "num_images": samples.num_images}
         self.identity |= {"extractor_sha256": extractor.sha256} | subject.data.identity
+
+    def _check_number(self, what: str, number: int) -> None:
+        if number < MIN_IMAGES:
+            raise UserError(f"measures: distances need at least {MIN_IMAGES} {what}, got {number}")
 
     def take(self) -> Record:
         """The training images' features are kept for the next time.
 
         Raises:
-            UserError: for too few images, or weights of the extractor that give features which are not finite.
+            UserError: for weights of the extractor that give features which are not finite.
         """
         return self._measure()[0]
 
@@ -80,6 +89,7 @@ class EncoderMeasure(DistanceMeasure):
         path = subject.options.encoder or REPOSITORY / "encoders" / "cifar10.safetensors"
         extractor = load_own_encoder(path, subject.trained.device)
         super().__init__(subject, extractor, batch_size=250)
+        self._check_number("held-out images", len(subject.data.test))
 
     def take(self) -> Record:
         (record, samples, generated, train), data = self._measure(), self.subject.data

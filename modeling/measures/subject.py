@@ -68,10 +68,7 @@ class Samples:
 
         Every process gets them.
         """
-        if self.given is not None:
-            return self.given
-        held = self.trained.processes.once(self._read)
-        if held is not None:
+        if (held := self.held()) is not None:
             return held
         parts = self.path.with_name(f"{self.path.name}.partial")
         images = self.trained.draw(parts, self.num_images)
@@ -81,13 +78,28 @@ class Samples:
             save_grid(images[:64], self.path.with_name("samples.png"), about=self.identity)
         return images
 
+    def held(self) -> Tensor | None:
+        """The file's samples, or those that the evaluation's folder holds; None where they are to be drawn.
+
+        Every process gets them.
+
+        Raises:
+            UserError: where the folder holds samples of another model or sampler, which may not be replaced.
+        """
+        return self.trained.processes.once(self._read) if self.given is None else self.given
+
     def _read(self) -> Tensor | None:
-        """These samples from the evaluation's folder, if it holds them."""
-        if self.path.exists():
-            images, identity = read_samples(self.path, "delete it, and the samples are drawn again")
-            if identity == as_stored(self.identity) and len(images) >= self.num_images:
-                return images[: self.num_images]
-        return None
+        if not self.path.exists():
+            return None
+        images, identity = read_samples(self.path, "delete it, and the samples are drawn again")
+        if identity != as_stored(self.identity):
+            if self.trained.options.overwrite:
+                return None
+            raise UserError(
+                f"{self.path}: holds samples of another model or with other options; name another folder or set "
+                "overwrite=true, which replaces them"
+            )
+        return images[: self.num_images] if len(images) >= self.num_images else None
 
 
 @dataclass(frozen=True)

@@ -181,12 +181,14 @@ def test_given_files_that_do_not_fit_are_rejected_by_their_key(tmp_path, compose
     black, white = (np.full((8, 9), value, np.uint8) for value in (0, 255))
     image, text = stored(tmp_path, "a.png", black), tmp_path / "text.png"
     text.write_text("no picture")
+    all_white = stored(tmp_path, "white.png", white)
     for picture, mask, message in (
         (str(text), image, f"image={text}: not a picture in AVIF, "),
         (image, str(text), f"mask={text}: not a picture in AVIF, "),
         (stored(tmp_path, "small.png", black[:3]), image, f"image={tmp_path}/small.png: 9x3 pixels, at least 4x4"),
         (image, stored(tmp_path, "low.png", white[:7]), f"mask={tmp_path}/low.png: 9x7 pixels, expected the size of "),
         (image, image, f"mask={image}: is black everywhere, expected white where the picture is to be drawn"),
+        (image, all_white, f"mask={all_white}: is white everywhere (transparent is white), expected white where"),
     ):
         given = trained_model(compose_config, "picture=inpaint", f"image={picture}", f"mask={mask}")
         with pytest.raises(UserError, match=f"^{re.escape(message)}"):

@@ -43,6 +43,13 @@ def test_features_are_computed_once_and_kept(encoder_path, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_that_cannot_keep_features_is_warned_of(encoder_path, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    found = extract_features(load_own_encoder(encoder_path), IMAGES, cache=tmp_path / "file" / "cache")
+    assert len(found.values) == len(IMAGES)
+    assert "the features are not kept for the next time" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("values", [np.zeros((24, 32)), np.zeros((24, 32), np.float32), np.array([{}] * 24)])
 def test_kept_features_of_another_kind_are_rejected(encoder_path, tmp_path, values):
     extractor = load_own_encoder(encoder_path)

@@ -48,6 +48,17 @@ def test_files_that_changed_under_their_names_are_noticed(measure, capsys):
         samples(1)
 
 
+def test_samples_of_another_sampler_are_not_replaced_unasked(measure, capsys):
+    measure("measures=[encoder]")
+    written = Path("evaluation/samples.npz").read_bytes()
+    Path("evaluation/evaluation.json").unlink()
+    with ends_in_error(capsys, "samples.npz: holds samples of another model or with other options"):
+        measure("measures=[heldout_loss,encoder]", "num_steps=3")
+    assert Path("evaluation/samples.npz").read_bytes() == written
+    assert not Path("evaluation/evaluation.json").exists()  # nothing was measured before
+    measure("measures=[encoder]", "num_steps=3", "overwrite=true")
+
+
 class Ended(Exception):
     """A process is killed."""
 
@@ -115,7 +126,7 @@ def test_weights_that_are_not_finite_end_a_measure_in_one_line(finished_run, mea
     ("shape", "message"),
     [
         ((12, 64, 64, 3), r"samples=theirs.npz: images of shape \(3, 64, 64\), expected"),
-        ((9, 32, 32, 3), "N at least 10"),
+        ((9, 32, 32, 3), "distances need at least 10 samples, got 9"),
     ],
 )
 def test_samples_that_cannot_be_measured_are_rejected(measure, capsys, shape, message):
