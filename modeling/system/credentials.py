@@ -3,8 +3,9 @@
 import os
 import re
 
-# What Weights & Biases, Hugging Face and GitHub hand out as keys.
-_KEY = re.compile(r"\b([0-9a-f]{40}|wandb_v\d_\w+|hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w+)\b")
+# What Weights & Biases, Hugging Face and GitHub hand out as keys. 40 hexadecimal digits that are a folder's or a file's
+# whole name are a commit, as in Hugging Face's cache.
+_KEY = re.compile(r"\b((?<![^/]/)[0-9a-f]{40}|wandb_v\d_\w+|hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w+)\b")
 
 
 def masked(text: str) -> str:

@@ -128,10 +128,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Removes what a killed process's `write_atomically` left; only under a lock that keeps others from writing."""
-    for path in folder.rglob(f".*{_PARTIAL}"):
-        path.unlink()
+def remove_partial_files(*folders: Path) -> None:
+    """Removes what a killed process's `write_atomically` left in these; only where no other process writes."""
+    for folder in folders:
+        for path in folder.glob(f".*{_PARTIAL}"):
+            path.unlink()
 
 
 @contextlib.contextmanager

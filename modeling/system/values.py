@@ -69,7 +69,10 @@ def _reject_secrets(values: object, key: str = "") -> None:
         for value in values:
             _reject_secrets(value, key)
     elif isinstance(values, str) and masked(values) != values:
-        raise UserError(f"{key}: looks like an API key, which runs write into their files: use `wandb login`")
+        raise UserError(
+            f"{key}: looks like an API key, which runs write into their files: use `wandb login` (a commit's hash "
+            "looks the same)"
+        )
 
 
 def checked(values: DictConfig | ListConfig | dict, schema: type[SchemaType]) -> SchemaType:

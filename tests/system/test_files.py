@@ -64,7 +64,9 @@ write_atomically(sys.argv[1], b"x", check=lambda path: os.kill(os.getpid(), 9))
     assert done.returncode == -9
     (tmp_path / "mine.partial").write_text("precious")
     assert len(list((tmp_path / "sub").iterdir())) == 1
-    remove_partial_files(tmp_path)
+    remove_partial_files(tmp_path)  # what another process may be writing in a folder of its own stays
+    assert len(list((tmp_path / "sub").iterdir())) == 1
+    remove_partial_files(tmp_path, tmp_path / "sub")
     assert list((tmp_path / "sub").iterdir()) == []
     assert (tmp_path / "mine.partial").exists()
 
