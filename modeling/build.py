@@ -138,7 +138,7 @@ def build_runtime(section: Machine) -> tuple[torch.device, str]:
     if device.type == "cuda":
         prepare_cuda(section.deterministic)
     else:
-        if section.precision == "fp16":
+        if device.type == "cpu" and section.precision == "fp16":
             print("warning: precision=fp16 on a CPU is emulated, 20 to 80 times slower than fp32", file=sys.stderr)
         warn_if_busy()
         if section.keep_freed_memory:

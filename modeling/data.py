@@ -1,6 +1,7 @@
 """Prepared uint8 arrays become training batches; a batch is a function of (seed, step)."""
 
 import signal
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,9 +81,12 @@ class Batches(Dataset):
         """
         pin_memory = torch.device(device).type == "cuda" and self.images.device.type == "cpu"
         timeout = WAIT_SECONDS if num_workers else 0
+        # Forked, they share the images; started otherwise, as from Python 3.14 on, each would get a copy.
+        context = "fork" if num_workers and sys.platform == "linux" else None
         loader = DataLoader(
-            self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory, timeout=timeout
-        )
+            self, batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory, timeout=timeout,
+            multiprocessing_context=context,
+        )  # fmt: skip
         with naming(f"runtime.num_workers={num_workers}"):  # no room for a semaphore, or no further process
             batches, num_waits = iter(loader), 0
         if num_workers:  # torch's handler would raise wherever we are when a worker dies; a wait finds it, too

@@ -62,6 +62,14 @@ def resolve_micro_batch_size(
     return min(size, batch_size)
 
 
+def evaluation_batch_size(size: int | None, num_pixels: int = 32 * 32) -> int:
+    """Returns how many images go through the network at once without gradients, `size` or a number for the memory.
+
+    None chooses 250 images of 32x32 or smaller, and of larger ones as many as need the same memory.
+    """
+    return max(1, 250 * min(num_pixels, 32 * 32) // num_pixels) if size is None else size
+
+
 def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractContextManager:
     """Returns the context for running the network: bf16 or fp16 for its matrix products; no change for fp32."""
     dtype = DTYPES[precision]

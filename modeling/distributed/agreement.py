@@ -15,6 +15,7 @@ WAIT_SECONDS, NUM_WAITS = 1, 45  # for a step of the others; many short waits: o
 SAY_SECONDS = 2  # in which those that are alive have said so, once one has failed
 # A process's word at an agreement; another one is 1 + the exit code that it ends with.
 GOING_ON, PAUSING = 0, -1
+_HOLDING = "holding"  # the key in the store
 
 
 class Agreement:
@@ -45,6 +46,11 @@ class Agreement:
     def announce_pause(self) -> None:
         """Says at the next agreement that this process may take longer than a step before the one after."""
         self._will_pause = True
+
+    def hold(self) -> None:
+        """Lets the others wait for this process's next word for as long as it lives: it saves before it ends."""
+        if self.store is not None:
+            self.store.add(_HOLDING, 1)
 
     def agree(self) -> None:
         """Waits until all processes have come here or end.
@@ -112,6 +118,7 @@ class Agreement:
 
         Raises UserError or Failed when one is dead, or does not answer.
         """
+        assert self.store is not None
         theirs, num_waits = [torch.empty_like(ours) for _ in range(self.count)], 0
         try:
             work = distributed.all_gather(theirs, ours, async_op=True)
@@ -121,7 +128,9 @@ class Agreement:
                     return theirs
                 except RuntimeError as error:  # it was too long, or the connection is closed
                     num_waits += 1
-                    if "timed out" not in str(error) or (num_waits >= NUM_WAITS and not self._may_pause):
+                    if "timed out" not in str(error):
+                        raise
+                    if num_waits >= NUM_WAITS and not self._may_pause and not self.store.add(_HOLDING, 0):
                         raise
         except RuntimeError as error:
             raise self._loss() from error

@@ -113,7 +113,10 @@ def _others(count: int, num_threads: int | None, work: Callable[[], object]) -> 
     try:
         with uninterrupted():  # each that is started is in the list
             processes += (_start(place | {"RANK": rank, "LOCAL_RANK": rank}, work) for rank in range(1, count))
-        while not store.check([_presence(rank) for rank in range(1, count)]):
+        start = time.monotonic()
+        while missing := [rank for rank in range(1, count) if not store.check([_presence(rank)])]:
+            if time.monotonic() - start > JOIN_SECONDS:
+                raise UserError(f"process {', '.join(map(str, missing))} of {count} has not begun in {JOIN_SECONDS} s")
             for rank, process in enumerate(processes, 1):
                 if process.poll() is not None:
                     raise UserError(

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from modeling.distributed.agreement import Agreement
+from modeling.distributed.agreement import NUM_WAITS, WAIT_SECONDS, Agreement
 from modeling.distributed.shares import Share, share_of, sum_as_tree
 from modeling.system.errors import UserError
 from modeling.system.signals import uninterrupted
@@ -52,9 +53,11 @@ class Processes(Agreement):
                 f"each GPU (torchrun --nproc-per-node={num_gpus}, or main.py runtime.processes={num_gpus}), or set "
                 "device=cpu (of main.py: runtime.device=cpu)"
             )
-        self.agree()
-        torch.cuda.set_device(number)
-        group = distributed.new_group(backend="nccl")
+        with uninterrupted():  # whoever has agreed takes part
+            self.agree()
+            torch.cuda.set_device(number)
+            # All have agreed before each sum, so its time limit is for a process that dies within one.
+            group = distributed.new_group(backend="nccl", timeout=timedelta(seconds=2 * NUM_WAITS * WAIT_SECONDS))
         assert isinstance(group, distributed.ProcessGroup)
         self._gpus = group
 
@@ -111,6 +114,15 @@ class Processes(Agreement):
         self._exchange_objects(distributed.broadcast_object_list, result, 0)
         self.expect_pause()
         return result[0]
+
+    def check_same(self, what: str, ours: Any) -> None:
+        """Raises UserError in a process whose value is another one than that of process 0; plain values."""
+        theirs = self.once(lambda: ours)
+        if theirs != ours:
+            raise UserError(
+                f"{what} is {ours} for process {self.rank} and {theirs} for process 0: expected that all see the same "
+                "files, and that no other run replaces them meanwhile"
+            )
 
     def _exchange_objects(self, collective: Callable, *arguments: object) -> None:
         with uninterrupted():  # whoever has agreed takes part

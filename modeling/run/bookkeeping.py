@@ -47,8 +47,10 @@ class Stopwatch:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         before = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - before
+        try:
+            yield
+        finally:  # also when the run is stopped inside
+            self.started += time.perf_counter() - before
 
 
 @dataclass

@@ -79,7 +79,7 @@ class RunFolder:
         try:
             with locked(self.path / _LOCK):
                 self._check_owner()  # again: another process may have claimed it meanwhile
-                remove_partial_files(self.path)
+                remove_partial_files(self.path, self.path / "checkpoints", *self.path.glob("samples/**/"))
                 self._mark()
                 try:
                     yield

@@ -1,12 +1,15 @@
 """The training loop of a run: next batch, step, log line, checkpoint, samples."""
 
+import contextlib
+from collections.abc import Iterator
+
 from tqdm import tqdm
 
 from modeling.run.bookkeeping import describe_line
 from modeling.run.objects import Run
 from modeling.run.records import Tracker
 from modeling.system.progress import progress_bar
-from modeling.system.signals import uninterrupted
+from modeling.system.signals import Stopped, uninterrupted
 
 
 class Training:
@@ -72,6 +75,20 @@ class Training:
             self.tracker.sync()
             self.run.save()
             self.books.note_checkpoint()
+
+    @contextlib.contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """When the section is stopped, saves the state, and says where it is."""
+        try:
+            yield
+        except Stopped as stopped:
+            run, at = self.run, "no step was done yet"
+            if run.state.step:
+                self.step.processes.hold()
+                self.save()
+                at = f"saved at step {run.state.step:,} of {run.last_step:,} in {run.folder.last_checkpoint}"
+            print(f"stopped by {stopped.reason}: {at}; the same command resumes it", flush=True)
+            raise
 
     def sample(self) -> None:
         """Samples the grids of this step, which the processes share."""

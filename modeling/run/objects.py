@@ -1,4 +1,4 @@
-"""The objects of a run, and what is done with them outside training steps: loading, saving, sampling, measuring."""
+"""The objects of a run, and what is done with them outside training steps: loading, saving, sampling."""
 
 import json
 import math
@@ -16,18 +16,16 @@ from modeling.config import Config
 from modeling.data import load_images
 from modeling.distributed.processes import ALONE, Processes
 from modeling.ema import Ema
-from modeling.heldout import denoising_loss, linear_loss
 from modeling.images import save_grid
 from modeling.run.bookkeeping import Bookkeeping, TrainState
 from modeling.run.folder import RunFolder, describe_state
 from modeling.run.identity import ROOT, describe_differences, differences
-from modeling.run.records import Tracker, write_csv
+from modeling.run.records import Tracker
 from modeling.run.step import Step
-from modeling.runtime import peak_memory_bytes, place, resolve_micro_batch_size
+from modeling.runtime import evaluation_batch_size, place, resolve_micro_batch_size
 from modeling.samplers import Sampler, sample_images
 from modeling.stage import Manifest
 from modeling.system.errors import UserError
-from modeling.system.files import sha256_of, write_json
 from modeling.system.progress import progress_bar
 from modeling.system.reading import read_yaml
 
@@ -65,6 +63,7 @@ class Run:
         self.micro_batch_size = resolve_micro_batch_size(
             config.runtime.micro_batch_size, device, config.train.batch_size, config.model.hidden_size, height * width
         )
+        self.images_at_a_time = evaluation_batch_size(config.runtime.micro_batch_size, height * width)
         share = processes.share(config.train.batch_size, self.micro_batch_size)
         data = config.dataset.folder
         self.images = {split: load_images(data, split, manifest) for split in ("train", "test")}
@@ -187,10 +186,15 @@ class Run:
 
         def draw(kind: str) -> Tensor:
             bar = partial(progress_bar, desc=f"sampling ({kind})", leave=False)
-            return sample_images(
-                models[kind], self.config.train.num_samples, self.config.dataset.image_shape, self.device, sampler,
-                seed=self.config.seed, precision=self.precision, bar=bar,
-            ).cpu()  # fmt: skip
+            shape, total, most = self.config.dataset.image_shape, self.config.train.num_samples, self.images_at_a_time
+            parts = [
+                sample_images(
+                    models[kind], min(most, total - start), shape, self.device, sampler,
+                    seed=self.config.seed, first_image=start, precision=self.precision, bar=bar,
+                ).cpu()
+                for start in range(0, total, most)
+            ]  # fmt: skip
+            return torch.cat(parts)
 
         for kind, images in zip(models, self.processes.map(draw, list(models)), strict=True):
             if tracker is not None:
@@ -198,53 +202,3 @@ class Run:
                 about = {"step": self.state.step, "weights": kind, "sampler": sampler.name}
                 about |= {"num_steps": sampler.num_steps, "seed": self.config.seed}
                 tracker.image(self.state.step, f"samples/{kind}", save_grid(images, path, about=about))
-
-    def measure(self, tracker: Tracker | None) -> None:
-        """Measures the model; with a tracker, it writes tables for plots, details.json and, last, metrics.json."""
-        losses, bins = {}, {}
-        for split, label in (("train", "train"), ("test", "heldout")):
-            images = self.images[split][: self.config.train.num_eval_images]
-            for kind, model in (("raw", self.model), ("ema", self.ema_model)):
-                name = f"eval/{label}_{kind}"
-                losses[name], bins[name] = denoising_loss(
-                    model, images, self.device, precision=self.precision, desc=f"loss ({label}, {kind})",
-                    processes=self.processes,
-                )  # fmt: skip
-        if tracker is None:
-            return
-        heldout = self.images["test"][: self.config.train.num_eval_images]
-        abar = self.model.schedules_float64["alphas_cumprod"]
-        if (linear := linear_loss(self.images["train"], heldout, abar)) is not None:
-            losses["eval/heldout_linear"], bins["eval/heldout_linear"] = linear
-        tracker.log(self.state.step, losses)
-        columns = ["step", "train/loss", "train/loss_smoothed", "train/lr"]
-        write_csv(self.folder.path / "loss.csv", tracker.lines.rows, columns)
-        kinds = ("raw", "ema", "linear")
-        by_bin = [
-            {"timesteps": name} | {kind: bins.get(f"eval/heldout_{kind}", {}).get(name, "") for kind in kinds}
-            for name in bins["eval/heldout_raw"]
-        ]
-        write_csv(self.folder.path / "heldout.csv", by_bin, ["timesteps", *kinds])
-        num_images = self.state.step * self.batches.batch_size
-        details = {
-            "bins": bins,
-            "seed": self.config.seed,
-            "data_sha256": self.folder.identity["data"],
-            "code_sha256": self.folder.identity["code"],
-            "weights_sha256": sha256_of(self.folder.path / "model.safetensors"),
-            **self.environment,
-        }
-        write_json(self.folder.path / "details.json", details)
-        metrics = {  # `dvc exp show` keeps the order
-            "eval/heldout_ema": losses["eval/heldout_ema"],
-            "train/loss_smoothed": self.state.loss_smoothed,
-            "seconds": self.state.seconds,
-            "images_per_second": num_images / self.state.seconds,
-            **losses,
-            "steps": self.state.step,
-            "skipped_steps": self.state.num_skipped,
-            "images": num_images,
-            "parameters": self.num_parameters,
-            "memory_bytes": peak_memory_bytes(),
-        }
-        write_json(self.folder.metrics_path, metrics)

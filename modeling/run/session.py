@@ -32,10 +32,10 @@ from modeling.run.initial import load_initial_weights
 from modeling.run.loop import Training
 from modeling.run.objects import Run
 from modeling.run.records import build_tracker
+from modeling.run.results import measure
 from modeling.stage import Manifest, repository
 from modeling.system.errors import UserError
 from modeling.system.files import write_atomically
-from modeling.system.signals import Stopped
 
 ARTEFACTS = (
     "config.yaml", "details.json", "metrics.json", "metrics.jsonl", "loss.csv", "heldout.csv", "samples",
@@ -124,7 +124,9 @@ def _train(config: Config, manifest: Manifest, processes: Processes, *, replace:
     last_step = run_length(images["count"], length.batch_size, length.num_epochs, length.max_steps)
     identity, origin, note = _identify(config, last_step, manifest)
     identity["origin"] = identity["origin"] or initial
-    path = repository() / (config.runtime.output_dir or f"runs/{folder_name(config.runtime.name, identity)}")
+    name = folder_name(config.runtime.name, identity)
+    processes.check_same("the run", name)
+    path = repository() / (config.runtime.output_dir or f"runs/{name}")
     folder = RunFolder(path, identity, config.runtime.keep_checkpoints)
     objects = config, manifest, last_step, folder, device, precision, processes, weights
     with folder.claimed() if processes.rank == 0 else contextlib.nullcontext():
@@ -155,41 +157,36 @@ def _train(config: Config, manifest: Manifest, processes: Processes, *, replace:
             if run.state.step == 0 and not note:
                 note = folder.similar_run() or ""
             print("\n".join([run.describe(), *([note] if note else []), ""]), flush=True)
+        processes.check_same("the state", [run.state.step, folder.started_from])
         if processes.rank == 0:
             _carry_out(run)
         else:
             Training(run, None).fit()
-            run.measure(None)
+            measure(run, None)
     return path
 
 
 def _carry_out(run: Run) -> None:
     """Trains, samples and measures, from the run's present state to its last file."""
     config, folder = run.config, run.folder.path
-    (folder / "error.txt").unlink(missing_ok=True)
+    for path in (folder / "error.txt", run.folder.metrics_path):  # of a run that failed, or was shorter
+        path.unlink(missing_ok=True)
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
     tracker = build_tracker(config, folder, run.state.step, run.folder.wandb_id)
     training = Training(run, tracker)
     try:
-        tracker.artifact(folder / "config.yaml", "config", "config")
-        images = run.batches.take(0, range(min(config.train.num_samples, config.train.batch_size)))
-        inputs = save_grid(images, folder / "samples" / "inputs.png")
-        tracker.image(0, "inputs", inputs)
-        training.fit()
-        # Equal runs in two folders give equal files, and a user's notes do not travel with the weights.
-        values = config.model_dump(exclude={"wandb": True, "runtime": {"name", "output_dir"}})
-        export_weights(folder / "model.safetensors", run.ema.module, values)
-        run.measure(tracker)
+        with training.saved_when_stopped():
+            tracker.artifact(folder / "config.yaml", "config", "config")
+            images = run.batches.take(0, range(min(config.train.num_samples, config.train.batch_size)))
+            inputs = save_grid(images, folder / "samples" / "inputs.png")
+            tracker.image(0, "inputs", inputs)
+            training.fit()
+            # Equal runs in two folders give equal files, and a user's notes do not travel with the weights.
+            values = config.model_dump(exclude={"wandb": True, "runtime": {"name", "output_dir"}})
+            export_weights(folder / "model.safetensors", run.ema.module, values)
+            measure(run, tracker)
     except FloatingPointError as error:
         write_atomically(folder / "error.txt", f"{error}\n".encode())  # else the run would look as if it was stopped
-        raise
-    except Stopped as stopped:
-        if run.state.step:
-            training.save()
-            at = f"saved at step {run.state.step:,} of {run.last_step:,} in {run.folder.last_checkpoint}"
-        else:
-            at = "no step was done yet"
-        print(f"stopped by {stopped.reason}: {at}; the same command resumes it", flush=True)
         raise
     finally:
         tracker.finish(is_complete=run.folder.finished_at() == run.last_step)

@@ -1,10 +1,13 @@
 """How many processes a run is given, and what each may use; what they do together is in tests/faults."""
 
+import functools
 import os
+import time
 
 import pytest
 import torch
 
+from modeling.distributed import launcher
 from modeling.distributed.launcher import joined
 from modeling.distributed.processes import ALONE, Processes
 from modeling.system.errors import UserError
@@ -48,3 +51,11 @@ def test_more_processes_than_gpus_are_rejected(monkeypatch, device, num_gpus):
     message = rf"process {num_gpus} is number {num_gpus + 1} on its .* or main.py runtime.processes={num_gpus}\)"
     with pytest.raises(UserError, match=message):
         Processes(num_gpus, 8).use(torch.device(device))
+
+
+def test_a_process_that_does_not_begin_is_named(monkeypatch):
+    monkeypatch.setattr(launcher, "JOIN_SECONDS", 1)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="process 1 of 2 has not begun in 1 s"):
+        joined(2, None, functools.partial(time.sleep, 60)).__enter__()
+    assert time.monotonic() - start < 30

@@ -91,16 +91,25 @@ def test_an_error_of_one_process_ends_the_other(in_two_processes):
     assert in_two_processes(work) == [Failed, UserError]
 
 
-@pytest.mark.parametrize("is_announced", [True, False])
-def test_a_process_may_take_longer_than_a_step_if_it_has_announced_it(in_two_processes, monkeypatch, is_announced):
+def test_processes_that_see_other_values_end_with_an_error(in_two_processes):
+    def work(processes: Processes) -> str:
+        processes.check_same("a", 5)
+        processes.check_same("b", processes.rank)
+        return "done"
+
+    assert in_two_processes(work) == [Failed, UserError]
+
+
+@pytest.mark.parametrize("how", ["announce_pause", "hold", None])
+def test_a_process_may_take_longer_than_a_step_if_it_has_said_so(in_two_processes, monkeypatch, how):
     monkeypatch.setattr(agreement, "WAIT_SECONDS", 0.1)
     monkeypatch.setattr(agreement, "NUM_WAITS", 3)
     monkeypatch.setattr(agreement, "SAY_SECONDS", 1)
 
     def work(processes: Processes) -> str:
         processes.agree()
-        if processes.rank == 0 and is_announced:
-            processes.announce_pause()
+        if processes.rank == 0 and how:
+            getattr(processes, how)()
         processes.agree()
         if processes.rank == 0:
             time.sleep(1)
@@ -108,4 +117,4 @@ def test_a_process_may_take_longer_than_a_step_if_it_has_announced_it(in_two_pro
         return "done"
 
     found = in_two_processes(work)
-    assert found == ["done", "done"] if is_announced else UserError in found and "done" not in found
+    assert found == ["done", "done"] if how else UserError in found and "done" not in found

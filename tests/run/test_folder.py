@@ -159,6 +159,12 @@ def test_files_of_a_process_killed_at_its_first_write_are_removed(tmp_path):
     (tmp_path / ".run.json.abc.partial").write_text("{")
     with RunFolder(tmp_path, IDENTITY).claimed():
         assert {entry.name for entry in tmp_path.iterdir()} == {"lock", "run.json"}
+    for name in (".", "checkpoints", "samples/ema", "evaluation"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / ".run.json.abc.partial").write_text("{")
+    with RunFolder(tmp_path, IDENTITY).claimed():
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+        assert left == {"lock", "run.json", "evaluation/.run.json.abc.partial"}  # the last is evaluate.py's
 
 
 def test_a_marker_of_another_project_is_rejected_in_the_folder_and_passed_over_beside_it(tmp_path):

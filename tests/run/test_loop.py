@@ -195,3 +195,11 @@ def test_rates_leave_out_logging_saving_and_sampling(monkeypatch):
     first.training.save()
     resumed = Slow(small_model(), 10, make=OneSecond, state=first.state).fit()
     assert resumed.lines[-1]["seconds"] == 10
+
+
+def test_a_pause_that_is_stopped_counts_as_none():
+    watch = bookkeeping.Stopwatch()
+    with pytest.raises(Stopped), watch.paused():
+        time.sleep(0.2)
+        raise Stopped("SIGTERM", 143)
+    assert watch.lap() < 0.1

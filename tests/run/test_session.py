@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,10 @@ from modeling.checkpoint import load_checkpoint
 from modeling.config import parse
 from modeling.distributed.processes import Processes
 from modeling.run import session
+from modeling.run.loop import Training
+from modeling.run.objects import Run
 from modeling.stage import Manifest
+from modeling.system.signals import Stopped
 from tests.checkpoints import seal
 from tests.helpers import ends_in_error, equal, result, run_script, train
 from tests.run.interruptions import crash
@@ -200,6 +205,36 @@ def test_a_longer_run_resumes_where_the_learning_rate_allows(tiny, capsys):
     assert equal(extended["state"], longer["state"])
     with ends_in_error(capsys, "12 steps, more than the 8 asked for"):
         train(tiny(*CONSTANT, "train.num_epochs=2"), "extended")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("stop and resume")
+def test_a_longer_run_that_is_stopped_is_no_finished_one(tiny, monkeypatch, capsys):
+    """Its weights are not those that the shorter one's metrics.json is of."""
+    train(tiny(*CONSTANT, "train.num_epochs=1"), "extended")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(session, "measure", lambda run, tracker: os.kill(os.getpid(), signal.SIGTERM))
+        train(tiny(*CONSTANT, "train.num_epochs=2"), "extended")
+    assert not Path("extended/metrics.json").exists()
+    with ends_in_error(capsys, "8 steps, more than the 4 asked for"):
+        train(tiny(*CONSTANT, "train.num_epochs=1"), "extended")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("not finite")
+def test_a_run_that_failed_while_it_was_stopped_says_so(tiny, monkeypatch, capsys):
+    def stop(training):
+        raise Stopped("SIGTERM", 143)
+
+    def fail(training):
+        raise FloatingPointError("the weights are not finite")
+
+    monkeypatch.setattr(Training, "fit", stop)
+    monkeypatch.setattr(Training, "save", fail)
+    monkeypatch.setattr(Run, "load", lambda run, origin: setattr(run.state, "step", 1))
+    with ends_in_error(capsys, "the weights are not finite"):
+        train(tiny(), "failed")
+    assert Path("failed/error.txt").read_text() == "the weights are not finite\n"
 
 
 @pytest.mark.long
