@@ -1,5 +1,6 @@
 """The sections of `params.yaml`: every key, its type, range and meaning. Imports no torch."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -21,6 +22,7 @@ def _check_image_size(value: object) -> object:
 
 ImageSize = Annotated[int | list[int] | None, BeforeValidator(_check_image_size)]
 Channels = Literal[1, 3] | None
+_MOST_DECAY = 80  # -log abar_T: exp(-87) is float32's smallest normal number
 
 
 def shape_of_images(image_size: int | list[int] | None, channels: int | None) -> tuple[int, int, int]:
@@ -129,6 +131,15 @@ class Diffusion(Section):
         )
         if self.betas is not None and not 0 < self.betas[0] < self.betas[1] < 1:
             raise ValueError(f"betas must satisfy 0 < beta_1 < beta_T < 1, got {self.betas}")
+        if self.betas is not None:
+            # -log abar_T, nearly: the mean of -log(1 - beta) over all beta between the two, T times
+            low, high = ((1 - beta) * math.log1p(-beta) + beta for beta in self.betas)
+            decay = self.num_timesteps * (high - low) / (self.betas[1] - self.betas[0])
+            if decay > _MOST_DECAY:
+                raise ValueError(
+                    f"betas are too large for num_timesteps={self.num_timesteps}: x_T would hold exp(-{decay:.0f}) of "
+                    f"the image's variance, expected at least exp(-{_MOST_DECAY}), such as with betas scaled by 1000/T"
+                )
         return self
 
 

@@ -163,7 +163,8 @@ def test_a_wrong_value_is_one_line_with_key_value_and_expectation(compose_config
 )
 def test_a_tilde_is_the_home_folder_in_every_path(compose_config, monkeypatch, name, schema, keys):
     monkeypatch.setenv("HOME", "/home/me")
-    config = parse(compose_config(*(f"{key}='~/x'" for key in keys), name=name), schema)
+    measures = ["measures=[encoder,fid]"] if name == "evaluate" else []
+    config = parse(compose_config(*(f"{key}='~/x'" for key in keys), *measures, name=name), schema)
     assert {leaves(config.model_dump())[key] for key in keys} == {"/home/me/x"}
 
 
@@ -204,6 +205,22 @@ def test_the_key_in_the_environment_is_rejected_whatever_it_looks_like(compose_c
 
 def test_ordinary_values_are_no_keys(compose_config):
     parse(compose_config("wandb.name=run-2026-11-20", "dataset.urls=[https://host/" + "a" * 80 + "]"))
+    parse(compose_config("runtime.output_dir=runs/" + "c0ffee" * 6 + "c0ff", "dataset.archive=a/" + "ab" * 20 + "/b"))
+
+
+@pytest.mark.parametrize("override", ["diffusion.betas=[0.001,0.99]", "diffusion.num_timesteps=100000"])
+def test_a_schedule_that_leaves_nothing_of_the_image_is_rejected(compose_config, override):
+    with pytest.raises(UserError, match=r"betas are too large for num_timesteps=.*exp\(-\d+\)"):
+        parse(compose_config(override))
+    parse(compose_config("diffusion.num_timesteps=5000"))  # exp(-51)
+
+
+@pytest.mark.parametrize(
+    ("override", "measures"), [("encoder=a", "fid"), ("inception_weights=a", "encoder"), ("samples=a", "bits_per_dim")]
+)
+def test_files_of_measures_that_are_not_taken_are_rejected(compose_config, override, measures):
+    with pytest.raises(UserError, match=rf"{override.partition('=')[0]} must be null without"):
+        parse(compose_config(override, f"measures=[{measures}]", name="evaluate"), EvaluateConfig)
 
 
 def test_a_config_is_frozen(compose_config):
