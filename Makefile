@@ -87,9 +87,10 @@ configuration: .venv/dev ## write docs/configuration.md: every key, from modelin
 	$(BIN)/python -m tests.configuration_page
 
 check-lock: .venv/installed $(WITHOUT_GIT) ## dvc.lock is true: code and values are those of the recorded run (needs no data)
-	@if $(BIN)/dvc repro --allow-missing --dry 2>&1 | grep -q "^Data and pipelines are up to date"; \
+	@said=$$($(BIN)/dvc repro --allow-missing --dry 2>&1); \
+	if echo "$$said" | grep -q "^Data and pipelines are up to date"; \
 	then echo "dvc.lock is true"; \
-	else echo "dvc.lock is stale: run \`make record\` and commit what it lists" >&2; exit 1; fi
+	else echo "$$said" >&2; echo "dvc.lock is stale: run \`make record\` and commit what it lists" >&2; exit 1; fi
 
 clean: ## remove the virtual environment and caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache .coverage
