@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         adam(
-            parameters, gradients_of(parameters), means, squares, [], steps,
+            list(parameters), gradients_of(parameters), means, squares, [], steps,
             fused=self.defaults["fused"], found_inf=self.found_inf, lr=lr, beta1=0.9, beta2=0.999, eps=1e-8,
             weight_decay=0.0, amsgrad=False, maximize=False,
         )  # fmt: skip

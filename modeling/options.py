@@ -16,6 +16,7 @@ from modeling.system.values import PathText, PositiveFloat, PositiveInt, Section
 EDITING = {"image": ("inpaint", "variations"), "mask": ("inpaint",), "strength": ("variations",)}
 EDITING |= {"num_resamplings": ("inpaint",), "jump_length": ("inpaint",)}
 REPOSITORY = Path(__file__).resolve().parents[1]  # where the files that a script takes by default are
+Measure = Literal["bits_per_dim", "heldout_loss", "train_loss", "solver_error", "encoder", "fid"]
 PUBLISHED = Path("weights/cifar10.safetensors")  # the default of `checkpoint`
 
 
@@ -32,10 +33,7 @@ def check_out(out: Path, overwrite: bool, *, is_folder: bool = False) -> None:
 
 
 def weights_file(checkpoint: Path, weights: str = "ema") -> Path:
-    """The file of a run's folder (or of `outputs/`) that holds these weights; any other path as it is.
-
-    The published file is found from any folder.
-    """
+    """The file of a run's folder (or `outputs/`) with these weights, any other path, or the published file's place."""
     if checkpoint == PUBLISHED and not checkpoint.exists():
         return REPOSITORY / PUBLISHED
     names = ["checkpoints/last.pt"] if weights == "raw" else ["model.safetensors", "checkpoints/last.pt"]
@@ -138,10 +136,7 @@ class EvaluateConfig(Sampling):
 
     out: PathText
     """A folder for evaluation.json, the samples and the pictures."""
-    measures: Annotated[
-        list[Literal["bits_per_dim", "heldout_loss", "train_loss", "solver_error", "encoder", "fid"]],
-        Field(min_length=1),
-    ]
+    measures: Annotated[list[Measure], Field(min_length=1)]
     """What is measured."""
     num_images: PositiveInt
     """How many samples are drawn for encoder and fid."""
@@ -164,10 +159,9 @@ class EvaluateConfig(Sampling):
 
     @model_validator(mode="after")
     def _fits_measures(self) -> Self:
-        owners = {"encoder": ["encoder"], "inception_weights": ["fid"], "samples": ["encoder", "fid"]}
-        for key, measures in owners.items():
-            if getattr(self, key) is not None and not set(measures) & set(self.measures):
-                raise ValueError(f"{key} must be null without {' or '.join(measures)} in measures, got {self.measures}")
+        for key, names in (("encoder", ["encoder"]), ("inception_weights", ["fid"]), ("samples", ["encoder", "fid"])):
+            if getattr(self, key) is not None and not set(names) & set(self.measures):
+                raise ValueError(f"{key} must be null without {' or '.join(names)} in measures, got {self.measures}")
         return self
 
 

@@ -15,6 +15,7 @@ from modeling.runtime import (
     autocast,
     available_cpus,
     check_finite,
+    evaluation_batch_size,
     keep_freed_memory,
     limit_threads,
     peak_memory_bytes,
@@ -88,6 +89,14 @@ def test_a_value_that_is_not_finite_is_named_with_its_precision(value):
 def test_micro_batches_need_the_same_memory_at_every_width_on_a_cpu(size, device, batch_size, hidden_size, expected):
     """On other devices they are whole batches."""
     assert resolve_micro_batch_size(size, torch.device(device), batch_size, hidden_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "expected"), [(None, 64, 250), (None, 1024, 250), (None, 128 * 128, 15), (4, 1024, 4)]
+)
+def test_images_without_gradients_need_the_same_memory_at_every_size(size, pixels, expected):
+    assert evaluation_batch_size(size, pixels) == expected
+    assert evaluation_batch_size(None, 10**9) == 1
 
 
 @pytest.mark.long

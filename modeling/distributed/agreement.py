@@ -50,7 +50,8 @@ class Agreement:
     def hold(self) -> None:
         """Lets the others wait for this process's next word for as long as it lives: it saves before it ends."""
         if self.store is not None:
-            self.store.add(_HOLDING, 1)
+            with contextlib.suppress(RuntimeError):  # the store has ended: nobody waits
+                self.store.add(_HOLDING, 1)
 
     def agree(self) -> None:
         """Waits until all processes have come here or end.

@@ -123,6 +123,7 @@ class Processes(Agreement):
                 f"{what} is {ours} for process {self.rank} and {theirs} for process 0: expected that all see the same "
                 "files, and that no other run replaces them meanwhile"
             )
+        self.agree()  # none goes on before all are equal
 
     def _exchange_objects(self, collective: Callable, *arguments: object) -> None:
         with uninterrupted():  # whoever has agreed takes part

@@ -49,7 +49,7 @@ class SolverMeasure:
     def _measure_errors(self) -> Tensor:
         """(solvers less the first, images)."""
         trained, num_images = self.trained, self.num_images
-        evaluations = sum(solver.num_steps for solver in self.solvers)
+        evaluations = sum(solver.num_steps or 0 for solver in self.solvers)
         with progress_bar(total=num_images * evaluations, desc="solver error", unit="evaluation") as bar:
 
             def measure(start: int) -> Tensor:

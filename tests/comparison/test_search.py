@@ -7,7 +7,7 @@ import pytest
 from modeling.config import parse
 from modeling.options import SearchConfig
 from modeling.system.errors import UserError
-from modeling.system.files import LockedError, locked
+from modeling.system.files import LockedError
 from modeling.system.reading import read_yaml
 from tests.helpers import ROOT
 
@@ -76,13 +76,16 @@ def test_a_trial_that_cannot_begin_ends_the_search_and_is_tried_again_by_the_nex
     assert waiting.system_attrs["fixed_params"] == first.params
 
 
-def test_a_second_process_in_the_folder_leaves_the_first_one_s_trials_alone(tmp_path):
+def test_a_second_process_in_the_folder_leaves_the_first_one_s_trials_alone(tmp_path, monkeypatch):
+    def refuse(path):
+        raise LockedError("process 1 is working there")
+
     first = search(tmp_path)
-    with locked(tmp_path / "lock"):
-        drawn(first)
-        with pytest.raises(LockedError):
-            search(tmp_path).run()
-        assert [trial.state for trial in first.study.get_trials()] == [TrialState.RUNNING]
+    drawn(first)
+    monkeypatch.setattr("modeling.comparison.search.locked", refuse)
+    with pytest.raises(LockedError):
+        search(tmp_path).run()
+    assert [trial.state for trial in first.study.get_trials()] == [TrialState.RUNNING]
 
 
 def test_a_folder_with_another_search_is_rejected(tmp_path):

@@ -1,10 +1,12 @@
 """CIFAR-10's archive: verified before anything in it is trusted, downloaded whole or not at all."""
 
 import hashlib
+import lzma
 import pickle
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from modeling.datasets.cifar10 import download, read_members, unpickle_batch
 from modeling.datasets.preparation import prepare
 from modeling.system.errors import UserError
 from tests.datasets.archives import CONTENTS, batch, small, write_archive
-from tests.helpers import ROOT, Payload
+from tests.helpers import ROOT, Payload, ended_after
 
 
 @pytest.mark.parametrize("num_images", [None, 20, 6])
@@ -87,6 +89,14 @@ def test_a_damaged_or_altered_archive_is_rejected_with_the_remedy(tmp_path, arch
     with pytest.raises(UserError, match=r"archive\.tar\.gz.*set dataset\.archive"):
         prepare(small(tmp_path / "data", archive))
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("error", [zlib.error, lzma.LZMAError])
+@pytest.mark.fault("hostile archive")
+def test_damage_inside_a_member_is_named_whatever_the_compression_says(tmp_path, archive, monkeypatch, error):
+    monkeypatch.setattr(tarfile.ExFileObject, "read", ended_after(print, 0, error("invalid distance")))
+    with pytest.raises(UserError, match=r"cannot be read \(invalid distance\).*set dataset\.archive"):
+        prepare(small(tmp_path / "data", archive))
 
 
 @pytest.mark.parametrize("has_official_hash", [False, True])

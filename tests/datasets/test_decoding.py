@@ -140,10 +140,10 @@ def test_damaged_metadata_neither_warn_nor_matter(tmp_path):
 
 
 def test_metadata_that_are_none_do_not_matter(tmp_path):
-    path = stored(noise(32, 32), tmp_path / "a.jpg", exif=b"Exif\0\0" + bytes(64), quality=100, subsampling=0)
+    path = stored(noise(32, 32), tmp_path / "a.png", exif=b"Exif\0\0" + bytes(64))
     with Image.open(path) as image, pytest.raises(SyntaxError):
         image.getexif().get(270)
-    assert read_picture(path).shape == (3, 32, 32)
+    np.testing.assert_array_equal(read_picture(path), noise(32, 32).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("kind", ["compressed", "international", "profile"])

@@ -103,7 +103,7 @@ def test_processes_that_see_other_values_end_with_an_error(in_two_processes):
 @pytest.mark.parametrize("how", ["announce_pause", "hold", None])
 def test_a_process_may_take_longer_than_a_step_if_it_has_said_so(in_two_processes, monkeypatch, how):
     monkeypatch.setattr(agreement, "WAIT_SECONDS", 0.1)
-    monkeypatch.setattr(agreement, "NUM_WAITS", 3)
+    monkeypatch.setattr(agreement, "NUM_WAITS", 10)
     monkeypatch.setattr(agreement, "SAY_SECONDS", 1)
 
     def work(processes: Processes) -> str:
@@ -112,7 +112,7 @@ def test_a_process_may_take_longer_than_a_step_if_it_has_said_so(in_two_processe
             getattr(processes, how)()
         processes.agree()
         if processes.rank == 0:
-            time.sleep(1)
+            time.sleep(2)
         processes.agree()
         return "done"
 

@@ -15,7 +15,7 @@ from tests.helpers import ROOT, TINY, clean_environment, start_script
 
 NUM_STEPS = 100
 LONG = [*TINY, "train.num_epochs=25", "train.sample_every=10", "train.log_every=1"]
-PARTS = [*LONG, "runtime.micro_batch_size=4", "train.num_eval_images=300"]  # four parts a batch; two of the losses
+PARTS = [*LONG, "runtime.micro_batch_size=4", "train.num_eval_images=20"]  # four parts a batch; five of the losses
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> str:

@@ -99,8 +99,8 @@ def test_one_killed_process_ends_all_with_its_number(tmp_path, options, whole, r
 
 
 def test_measures_of_two_processes_are_those_of_one(tmp_path, tiny_data, options, record_property):
-    """The bound is in 3 batches, the loss in 3, and the features of the test images in 8."""
-    measures = ["measures=[bits_per_dim,heldout_loss,encoder]", "bits_images=10", "loss_images=600", "num_images=12"]
+    """The bound is in 3 batches, the loss in 15, and the features of the test images in 8."""
+    measures = ["measures=[bits_per_dim,heldout_loss,encoder]", "bits_images=10", "loss_images=60", "num_images=12"]
     for count, name in ((1, "one"), (2, "two")):
         shutil.rmtree(tiny_data / "features", ignore_errors=True)
         code, output = run_launched(count, *options, *measures, f"out={tmp_path / name}", script=EVALUATE)

@@ -1,5 +1,6 @@
 """`convert.py`: the files of a pipeline, there and back to the bit."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_an_exported_run_is_a_pipeline_and_comes_back_to_the_bit(diffusers, call
 
 def test_a_full_checkpoint_is_exported_as_its_averaged_weights(call, compose_config, exported):
     """Whose convolutions have the channels last, as in training."""
-    net = network("tiny").to(memory_format=torch.channels_last)
+    net = copy.deepcopy(network("tiny")).to(memory_format=torch.channels_last)
     config = write_tiny(compose_config)
     save_checkpoint(
         "last.pt", about={}, config=config.model_dump(), state=TrainState(), model=net, ema=net,

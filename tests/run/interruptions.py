@@ -6,8 +6,7 @@ import signal
 import pytest
 
 from modeling import samplers, training
-from modeling.run import folder, objects, session
-from modeling.run.objects import Run
+from modeling.run import folder, objects, results, session
 from modeling.run.step import Step
 from tests.helpers import ended_after, train
 
@@ -21,7 +20,7 @@ def crash(tiny, monkeypatch, stop_at: int, *overrides: str) -> None:
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Step, "backward", ended_after(Step.backward, stop_at, Interrupted))
         if stop_at == 8:
-            patch.setattr(Run, "measure", ended_after(Run.measure, 0, Interrupted))
+            patch.setattr(session, "measure", ended_after(session.measure, 0, Interrupted))
         train(tiny(*overrides), "stopped")
 
 
@@ -31,8 +30,8 @@ PHASES = {  # what is called in it -> the step of TINY that is saved
     "writing a grid": (objects, "save_grid", 4),
     "saving": (folder, "save_checkpoint", 5),
     "exporting": (session, "export_weights", 8),
-    "evaluation": (objects, "denoising_loss", 8),
-    "writing tables": (objects, "write_csv", 8),
+    "evaluation": (results, "denoising_loss", 8),
+    "writing tables": (results, "write_csv", 8),
 }
 
 

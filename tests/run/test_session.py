@@ -2,21 +2,18 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import main
 from modeling.checkpoint import load_checkpoint
 from modeling.config import parse
 from modeling.distributed.processes import Processes
-from modeling.run import session
+from modeling.run import objects, results, session
 from modeling.run.loop import Training
 from modeling.run.objects import Run
 from modeling.stage import Manifest
@@ -175,82 +172,7 @@ def test_a_state_after_the_end_of_the_run_is_rejected(tiny, capsys):
         train(tiny(*CONSTANT, "train.max_steps=4", "runtime.resume=longer/checkpoints/last.pt"), "short")
 
 
-# ---- other lengths
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.fault("stop and resume")
-def test_a_longer_cosine_is_another_run_that_names_the_first(tiny, capsys):
-    main.main(tiny())
-    capsys.readouterr()
-    main.main(tiny("train.num_epochs=3"))
-    assert re.search(
-        r"note: \S+/last.pt is of a run like this one with optimizer.cosine_steps: that run 8, this run 12(; "
-        r"optimizer.warmup_steps: that run 8, this run 12)?; to start from it, set runtime.resume=\S+/last.pt",
-        capsys.readouterr().out,
-    )
-    assert len(list(Path("runs").iterdir())) == 2
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.fault("stop and resume")
-def test_a_longer_run_resumes_where_the_learning_rate_allows(tiny, capsys):
-    longer = train(tiny(*CONSTANT, "train.num_epochs=3"), "longer")
-    train(tiny(*CONSTANT, "train.num_epochs=2"), "extended")
-    capsys.readouterr()
-    extended = train(tiny(*CONSTANT, "train.num_epochs=3"), "extended")
-    assert "from step 8" in capsys.readouterr().out
-    assert equal(extended["state"], longer["state"])
-    with ends_in_error(capsys, "12 steps, more than the 8 asked for"):
-        train(tiny(*CONSTANT, "train.num_epochs=2"), "extended")
-
-
-@pytest.mark.slow
-@pytest.mark.fault("stop and resume")
-def test_a_longer_run_that_is_stopped_is_no_finished_one(tiny, monkeypatch, capsys):
-    """Its weights are not those that the shorter one's metrics.json is of."""
-    train(tiny(*CONSTANT, "train.num_epochs=1"), "extended")
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(session, "measure", lambda run, tracker: os.kill(os.getpid(), signal.SIGTERM))
-        train(tiny(*CONSTANT, "train.num_epochs=2"), "extended")
-    assert not Path("extended/metrics.json").exists()
-    with ends_in_error(capsys, "8 steps, more than the 4 asked for"):
-        train(tiny(*CONSTANT, "train.num_epochs=1"), "extended")
-
-
-@pytest.mark.slow
-@pytest.mark.fault("not finite")
-def test_a_run_that_failed_while_it_was_stopped_says_so(tiny, monkeypatch, capsys):
-    def stop(training):
-        raise Stopped("SIGTERM", 143)
-
-    def fail(training):
-        raise FloatingPointError("the weights are not finite")
-
-    monkeypatch.setattr(Training, "fit", stop)
-    monkeypatch.setattr(Training, "save", fail)
-    monkeypatch.setattr(Run, "load", lambda run, origin: setattr(run.state, "step", 1))
-    with ends_in_error(capsys, "the weights are not finite"):
-        train(tiny(), "failed")
-    assert Path("failed/error.txt").read_text() == "the weights are not finite\n"
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_stage_replaces_a_longer_run_and_publishes_its_artefacts(tiny, monkeypatch):
-    monkeypatch.setenv("DVC_STAGE", "train")
-    for num_epochs in (2, 1, 1):
-        values = tiny(*CONSTANT, f"train.num_epochs={num_epochs}")
-        Path("params.yaml").write_text(OmegaConf.to_yaml(values))
-        main.main(values)
-        assert json.loads(Path("outputs/metrics.json").read_text())["steps"] == 4 * num_epochs
-        (folder,) = Path("runs").iterdir()
-        assert Path("outputs/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-        steps = {path.stem for path in Path("outputs/samples/ema").iterdir()}
-        assert steps == {str(4 * epoch) for epoch in range(1, num_epochs + 1)}
-        shutil.rmtree("outputs")
+# ---- the end
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -275,3 +197,36 @@ def test_an_absurd_learning_rate_ends_the_run_with_finite_checkpoints(tiny, caps
     assert Path("bad/error.txt").read_text().startswith("the loss or its gradient was not finite in 3 steps in a row")
     for path in Path("bad/checkpoints").iterdir():
         load_checkpoint(path)  # rejects what is not finite
+
+
+@pytest.mark.slow
+@pytest.mark.fault("not finite")
+def test_a_run_that_failed_while_it_was_stopped_says_so(tiny, monkeypatch, capsys):
+    def stop(training):
+        raise Stopped("SIGTERM", 143)
+
+    def fail(training):
+        raise FloatingPointError("the weights are not finite")
+
+    monkeypatch.setattr(Training, "fit", stop)
+    monkeypatch.setattr(Training, "save", fail)
+    monkeypatch.setattr(Run, "load", lambda run, origin: setattr(run.state, "step", 1))
+    with ends_in_error(capsys, "the weights are not finite"):
+        train(tiny(), "failed")
+    assert Path("failed/error.txt").read_text() == "the weights are not finite\n"
+
+
+@pytest.mark.slow
+def test_grids_and_losses_take_no_more_images_at_a_time_than_is_set(tiny, monkeypatch):
+    def recorded(function, place):
+        def call(*args, **options):
+            sizes.append(options["batch_size"] if place is None else args[place])
+            return function(*args, **options)
+
+        return call
+
+    sizes: list[int] = []
+    monkeypatch.setattr(objects, "sample_images", recorded(objects.sample_images, 1))
+    monkeypatch.setattr(results, "denoising_loss", recorded(results.denoising_loss, None))
+    train(tiny("runtime.micro_batch_size=3", "train.num_samples=4", "train.sample_every=9"), "run")
+    assert sizes == [3, 1] * 2 + [3] * 4
