@@ -50,8 +50,8 @@ def test_every_sampler_visits_the_timesteps_of_its_spacing(name, spacing):
 
 
 def test_another_spacing_is_rejected():
-    with pytest.raises(ValueError, match="spacing must be one of .*, got 'trailling'"):
-        respaced_timesteps(ABARS, 5, "trailling")
+    with pytest.raises(ValueError, match="spacing must be one of .*, got 'even'"):
+        respaced_timesteps(ABARS, 5, "even")
 
 
 def test_more_steps_than_timesteps_are_rejected():
