@@ -87,7 +87,7 @@ def test_another_learning_rate_goes_into_a_new_folder_and_is_reported(tiny, stra
         *[
             pytest.param(overrides, message, marks=pytest.mark.long)
             for overrides, message in [
-                (["optimizer=sgd"], r'optimizer\.name: checkpoint "adam", this run "sgd"'),
+                (["optimizer=sgd"], r'optimizer\.name: checkpoint "muon", this run "sgd"'),
                 (["diffusion.num_timesteps=21"], r"diffusion\.num_timesteps: checkpoint 20, this run 21"),
                 (["train.batch_size=8"], r"train\.batch_size: checkpoint 16, this run 8"),
             ]
@@ -109,7 +109,7 @@ def test_a_state_of_another_run_is_rejected_with_the_difference(tiny, straight, 
 def test_a_state_of_other_data_is_rejected(tiny, straight, tmp_path, capsys):
     other = "dataset.seed=5", f"dataset.root={tmp_path}/other"
     assert run_script("prepare_data.py", "dataset=shapes", "dataset.num_images=64", *other).returncode == 0
-    message = r'belongs to another run and cannot be resumed \(data: checkpoint "\w+", this run "\w+"; dataset'
+    message = r"belongs to another run and cannot be resumed \(other training or held-out images; dataset"
     with ends_in_error(capsys, message):
         main.main(tiny("runtime.resume=straight/checkpoints/last.pt", *other))
 
