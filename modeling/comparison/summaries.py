@@ -98,6 +98,11 @@ def _read_evaluations(place: Path, problems: list[str] | None = None) -> dict[Pa
     return found
 
 
+def _weights_of(identity: dict[str, Any]) -> str | None:
+    """The SHA-256 of what was measured, or of what drew the samples that were."""
+    return (identity | identity.get("samples", {})).get("checkpoint_sha256")
+
+
 def _evaluations(folder: Path, elsewhere: dict[Path, dict[str, Measured]]) -> list[tuple[Path, dict[str, Measured]]]:
     """What was measured of this run's weights, or of samples of them: folder, and name -> numbers."""
     found = elsewhere | _read_evaluations(folder)
@@ -105,9 +110,7 @@ def _evaluations(folder: Path, elsewhere: dict[Path, dict[str, Measured]]) -> li
     own = {sha256_of(path) for path in weights if path.exists()} if found else set()
     evaluations = []
     for path, records in sorted(found.items()):
-        identities = {name: record["identity"] for name, record in records.items()}
-        hashes = {name: (one | one.get("samples", {})).get("checkpoint_sha256") for name, one in identities.items()}
-        if ours := {name: record for name, record in records.items() if hashes[name] in own}:
+        if ours := {name: record for name, record in records.items() if _weights_of(record["identity"]) in own}:
             evaluations.append((path.parent, ours))
     return evaluations
 
