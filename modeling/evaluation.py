@@ -32,7 +32,7 @@ class BitsPerDim:
         num_images: N.
         num_timesteps: T of the process.
         timesteps_per_image: K, how many of 2..T were measured for each image.
-        variance, clip_x0: of the reverse process.
+        variance, clip_x0: of the reverse process; variance is "optimal" where it was given in numbers.
     """
 
     total: float
@@ -47,6 +47,11 @@ class BitsPerDim:
     timesteps_per_image: int
     variance: str
     clip_x0: bool
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean over each image's dimensions, (B,)."""
+    return values.flatten(1).mean(1)
 
 
 def discretized_log_likelihood(x_0: Tensor, mean: Tensor, std: float) -> Tensor:
@@ -84,6 +89,7 @@ def measure_errors(
     images: Tensor,
     *,
     timesteps_per_image: int | None = None,
+    decoder_variance: float | None = None,
     first_image: int = 0,
     batch_size: int = 250,
     precision: str = "fp32",
@@ -96,14 +102,16 @@ def measure_errors(
         images: (N, C, H, W) uint8.
         timesteps_per_image: K, how many of the timesteps 2..T are measured for each image: one drawn from each of K
             equal parts, so that the estimate is unbiased; None for all T - 1.
+        decoder_variance: sigma_1^2 of L_0; None for the posterior variance of timestep 2 (that of 1 is 0).
         first_image: number of the first image. Noise depends on this number, so images may be measured in parts.
         batch_size: images at a time; results depend on it by rounding only.
         precision: "fp32", or "bf16" or "fp16" for the network's matrix products.
         bar: wraps the K + 1 measurements of each batch, a list, for a progress bar.
 
     Returns:
-        (N, 3 + 3 K) float64 on the CPU, a row for each image: L_T, log p(x_0 | x_1) with the predicted x_0 raw and
-        clipped, then K times a timestep and the squared error of x_0 raw and clipped; in nats and per dimension.
+        (N, 6 + 3 K) float64 on the CPU, a row for each image: L_T, log p(x_0 | x_1) with the predicted x_0 raw and
+        clipped, then for timestep 1 and the K others: the timestep and the squared error of x_0 raw and clipped; in
+        nats and per dimension.
 
     Raises:
         ValueError: for images that are not uint8 (N, C, H, W), or a timesteps_per_image outside 1..T - 1.
@@ -114,7 +122,9 @@ def measure_errors(
     columns = last - 1 if timesteps_per_image is None else timesteps_per_image
     if not (1 <= columns <= last - 1 or columns == last - 1 == 0):
         raise ValueError(f"timesteps_per_image must be in 1..{last - 1} (T - 1), got {timesteps_per_image}")
-    bounds, device = _part_bounds(last, columns).tolist(), diffusion.betas.device
+    if decoder_variance is None:
+        decoder_variance = diffusion.posterior_variance(2) if last > 1 else diffusion.p_variance(1)
+    bounds, device = [1, *_part_bounds(last, columns).tolist()], diffusion.betas.device
     rows = []
     with evaluating(diffusion), autocast(device, precision):
         for start in range(0, len(images), batch_size):
@@ -122,42 +132,28 @@ def measure_errors(
             index = torch.arange(len(x_0), device=device) + first_image + start
             decoder = torch.empty(0)  # (B, 2), of timestep 1
             means = [_mean(x_0.square())]  # on the device until the batch is done: no CPU-GPU sync
-            for column in bar(list(range(-1, columns))):  # -1: the decoder
-                noise = draw_normal(_SEED, Purpose.EVALUATION, column + 1, index, images.shape[1:])
-                if column < 0:
-                    decoder = _decoder(diffusion, x_0, noise)
-                    continue
+            for column in bar(list(range(columns + 1))):  # the first is timestep 1
+                noise = draw_normal(_SEED, Purpose.EVALUATION, column, index, images.shape[1:])
                 low, high = bounds[column], bounds[column + 1]
-                timesteps = low + draw_integers(_SEED, Purpose.TIMESTEP, column, index, high - low)
-                means += [timesteps.to(x_0.dtype), *_errors(diffusion, x_0, timesteps, noise)]
+                timesteps = low + draw_integers(_SEED, Purpose.TIMESTEP, column - 1, index, high - low)
+                eps, predicted = diffusion.predict(diffusion.q_sample(x_0, timesteps, noise), timesteps)
+                errors = _mean((eps - noise).square()), _mean((predicted.clamp(-1, 1) - x_0).square())
+                means += [timesteps.to(x_0.dtype), *errors]
+                if column == 0:
+                    decoder = _decoder(x_0, predicted, decoder_variance)
             rows.append(_row(diffusion, torch.stack(means, dim=1).cpu().double(), decoder))
     return torch.cat(rows)
 
 
-def _mean(values: Tensor) -> Tensor:
-    """The mean over each image's dimensions, (B,)."""
-    return values.flatten(1).mean(1)
-
-
-def _decoder(diffusion: DiffusionModel, x_0: Tensor, noise: Tensor) -> Tensor:
+def _decoder(x_0: Tensor, predicted: Tensor, variance: float) -> Tensor:
     """log p(x_0 | x_1) with the predicted x_0 raw and clipped, (B, 2) float64 on the CPU."""
-    timesteps = torch.ones(len(x_0), dtype=torch.int64, device=x_0.device)
-    _, predicted = diffusion.predict(diffusion.q_sample(x_0, timesteps, noise), 1)
-    # sigma_1^2: the posterior variance of t = 1 is 0, so that of t = 2 is used; with T = 1 only beta_1 is available.
-    variance = diffusion.posterior_variance(2) if diffusion.num_timesteps > 1 else diffusion.p_variance(1)
     x_0, predicted = x_0.cpu(), predicted.cpu()  # CPU-GPU sync, once a batch
     means = predicted, predicted.clamp(-1, 1)
     return torch.stack([_mean(discretized_log_likelihood(x_0, mean, variance**0.5)) for mean in means], dim=1)
 
 
-def _errors(diffusion: DiffusionModel, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The squared errors of the predicted eps, and of the x_0 clipped, (B,) each."""
-    eps, predicted = diffusion.predict(diffusion.q_sample(x_0, timesteps, noise), timesteps)
-    return _mean((eps - noise).square()), _mean((predicted.clamp(-1, 1) - x_0).square())
-
-
 def _row(diffusion: DiffusionModel, means: Tensor, decoder: Tensor) -> Tensor:
-    """The rows of `measure_errors`, from the mean square of x_0 and K times a timestep and its two errors."""
+    """The rows of `measure_errors`, from the mean square of x_0 and K + 1 times a timestep and its two errors."""
     abar = diffusion.schedules_float64["alphas_cumprod"]
     prior = 0.5 * (abar[-1].item() * means[:, :1] - abar[-1].item() - math.log1p(-abar[-1].item()))  # L_T
     timesteps, eps, clipped = means[:, 1::3], means[:, 2::3], means[:, 3::3]
@@ -166,35 +162,55 @@ def _row(diffusion: DiffusionModel, means: Tensor, decoder: Tensor) -> Tensor:
     return torch.cat([prior, decoder, torch.stack([timesteps, raw, clipped], dim=2).flatten(1)], dim=1)
 
 
+def _x_0_factors(diffusion: DiffusionModel) -> Tensor:
+    """The square of x_0's factor in the mean of eq. 7 at timesteps 1..T, (T,) float64."""
+    abar, beta = diffusion.schedules_float64["alphas_cumprod"], diffusion.schedules_float64["betas"]
+    return abar[:-1] * (beta[1:] / (1 - abar[1:])) ** 2
+
+
+def optimal_variances(diffusion: DiffusionModel, errors: Tensor, *, clip_x0: bool = False) -> Tensor:
+    """sigma_t^2 at timesteps 1..T, (T,) float64, with which the bound of the images of `errors` is least.
+
+    The posterior variance plus the mean squared error of the predicted mean: where the derivative of L_{t-1} by
+    sigma_t^2 is 0 (for the best network: Bao et al. 2022, arXiv 2201.06503, theorem 1). In L_0 grey levels are taken
+    for continuous. `errors` are of training images (`measure_errors` with all timesteps), so that test images stay new.
+    """
+    timesteps = range(1, diffusion.num_timesteps + 1)
+    posterior = torch.tensor([diffusion.posterior_variance(t) for t in timesteps], dtype=torch.float64)
+    return posterior + _x_0_factors(diffusion) * errors[:, 4 + clip_x0 :: 3].mean(0)
+
+
 def summarise(
-    diffusion: DiffusionModel, errors: Tensor, variance: str = "large", *, clip_x0: bool = False
+    diffusion: DiffusionModel, errors: Tensor, variance: str | Tensor = "large", *, clip_x0: bool = False
 ) -> BitsPerDim:
-    """Computes the bound of one reverse process from the rows of `measure_errors`; arguments as for `bits_per_dim`."""
-    tables, last, columns = diffusion.schedules_float64, diffusion.num_timesteps, errors.shape[1] // 3 - 1
-    abar, beta = tables["alphas_cumprod"], tables["betas"]
-    constants, factors = torch.zeros_like(abar), torch.zeros_like(abar)
+    """The bound of one reverse process from the rows of `measure_errors`; `variance` is a name, or all sigma_t^2."""
+    last, columns = diffusion.num_timesteps, errors.shape[1] // 3 - 2
+    constants, factors = torch.zeros(2, last + 1, dtype=torch.float64)
     for t in range(2, last + 1):
-        sigma2, posterior = diffusion.p_variance(t, variance), diffusion.posterior_variance(t)
+        sigma2 = variance[t - 1].item() if isinstance(variance, Tensor) else diffusion.p_variance(t, variance)
+        posterior = diffusion.posterior_variance(t)
         constants[t] = 0.5 * (math.log(sigma2 / posterior) - 1 + posterior / sigma2)
-        factors[t] = abar[t - 1] * (beta[t] / (1 - abar[t])) ** 2 / (2 * sigma2)  # of x_0 in the mean: eq. 7
+        factors[t] = 1 / (2 * sigma2)
+    factors[1:] *= _x_0_factors(diffusion)
     prior, distortion = errors[:, 0], -errors[:, 1 + clip_x0]
-    timesteps, squares = errors[:, 3::3].long(), errors[:, 4 + clip_x0 :: 3]  # (N, K)
+    timesteps, squares = errors[:, 6::3].long(), errors[:, 7 + clip_x0 :: 3]  # (N, K)
     bounds = _part_bounds(last, columns)
     nats = (constants[timesteps] + factors[timesteps] * squares) * bounds.diff()  # each timestep represents its part
+    nats, prior, distortion = (found / math.log(2) for found in (nats, prior, distortion))  # in bits from here
     rate = nats.sum(1) + prior
-    totals = (distortion + rate) / math.log(2)
+    totals = distortion + rate
     return BitsPerDim(
         total=totals.mean().item(),
         standard_error=(totals.std() / len(totals) ** 0.5).item() if len(totals) > 1 else math.nan,
-        distortion=distortion.mean().item() / math.log(2),
-        rate=rate.mean().item() / math.log(2),
-        prior=prior.mean().item() / math.log(2),
-        terms=nats.mean(0) / math.log(2),
+        distortion=distortion.mean().item(),
+        rate=rate.mean().item(),
+        prior=prior.mean().item(),
+        terms=nats.mean(0),
         bounds=bounds,
         num_images=len(errors),
         num_timesteps=last,
         timesteps_per_image=columns,
-        variance=variance,
+        variance="optimal" if isinstance(variance, Tensor) else variance,
         clip_x0=clip_x0,
     )
 
@@ -206,15 +222,13 @@ def bits_per_dim(
     *,
     clip_x0: bool = False,
     timesteps_per_image: int | None = None,
-    first_image: int = 0,
     batch_size: int = 250,
     precision: str = "fp32",
-    bar: Bar = iter,
 ) -> BitsPerDim:
     """The variational bound (eq. 5) on the negative log-likelihood of images, in bits per dimension.
 
     L_{t-1} compares the posterior (eq. 7) with p(x_{t-1} | x_t), L_0 is the discretized decoder of section 3.3 with the
-    posterior variance of t = 2, L_T the prior. To compute several variants at once, use `measure_errors`.
+    posterior variance of t = 2, L_T the prior. For several variants at once: `measure_errors`, `summarise`.
 
     Args:
         diffusion: any eps model in a `DiffusionModel`.
@@ -229,7 +243,6 @@ def bits_per_dim(
     """
     check_choice("variance", variance, VARIANCES)
     errors = measure_errors(
-        diffusion, images, timesteps_per_image=timesteps_per_image, first_image=first_image, batch_size=batch_size,
-        precision=precision, bar=bar,
-    )  # fmt: skip
+        diffusion, images, timesteps_per_image=timesteps_per_image, batch_size=batch_size, precision=precision
+    )
     return summarise(diffusion, errors, variance, clip_x0=clip_x0)

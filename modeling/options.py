@@ -16,7 +16,7 @@ from modeling.system.values import PathText, PositiveFloat, PositiveInt, Section
 EDITING = {"image": ("inpaint", "variations"), "mask": ("inpaint",), "strength": ("variations",)}
 EDITING |= {"num_resamplings": ("inpaint",), "jump_length": ("inpaint",)}
 REPOSITORY = Path(__file__).resolve().parents[1]  # where the files that a script takes by default are
-Measure = Literal["bits_per_dim", "heldout_loss", "train_loss", "solver_error", "encoder", "fid"]
+Measure = Literal["bits_per_dim", "bits_optimal", "heldout_loss", "train_loss", "solver_error", "encoder", "fid"]
 PUBLISHED = Path("weights/cifar10.safetensors")  # the default of `checkpoint`
 
 
@@ -145,9 +145,9 @@ class EvaluateConfig(Sampling):
     data: PathText | None
     """Folder of prepared data; null: the checkpoint's own, or data/cifar10 where it is only a name (linear, ...)."""
     bits_images: PositiveInt
-    """bits_per_dim: number of test images, at most all of them."""
+    """bits_per_dim, bits_optimal: number of test images, at most all of them."""
     bits_timesteps: PositiveInt | None
-    """bits_per_dim: timesteps drawn for each image; null: all T."""
+    """bits_per_dim, bits_optimal: timesteps drawn for each image; null: all T."""
     loss_images: PositiveInt
     """heldout_loss, train_loss: number of test or training images, at most all of them."""
     solver_images: Annotated[int, Field(ge=2)]

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from modeling.measures.evaluation_file import FILE, Record, is_of, read_records
-from modeling.measures.network_measures import BitsMeasure, LossMeasure
+from modeling.measures.network_measures import BitsMeasure, LossMeasure, OptimalBitsMeasure
 from modeling.measures.sample_measures import EncoderMeasure, InceptionMeasure
 from modeling.measures.solver_error import SolverMeasure
 from modeling.measures.subject import Subject
@@ -25,6 +25,7 @@ class Measure(Protocol):
 
 MEASURES: dict[str, Callable[[Subject], Measure]] = {
     "bits_per_dim": BitsMeasure,
+    "bits_optimal": OptimalBitsMeasure,
     "heldout_loss": LossMeasure,
     "train_loss": partial(LossMeasure, split="train"),
     "solver_error": SolverMeasure,

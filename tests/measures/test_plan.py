@@ -88,6 +88,24 @@ def test_a_stopped_evaluation_resumes(measure, monkeypatch):
     assert not list(Path("evaluation").glob("*.partial"))
 
 
+def test_the_bound_of_optimal_variances_is_lower_and_resumes_in_either_part(measure, monkeypatch):
+    options = "measures=[bits_optimal,bits_per_dim]", "batch_size=3"
+    whole = measure(*options, "out=whole")
+    optimal, others = whole["bits_optimal"], whole["bits_per_dim"]["values"]
+    assert optimal["values"].keys() == {"optimal, clipped"}
+    best = optimal["values"]["optimal, clipped"]
+    assert best["rate"] < min(others[f"{variance}, clipped"]["rate"] for variance in ("large", "small"))
+    assert best["num_images"] == 8
+    training_images = optimal["identity"]["variance_images"]
+    in_test_part = -(-training_images // 3) + 1
+    for count in (1, in_test_part):
+        with monkeypatch.context() as patch, pytest.raises(Ended):
+            patch.setattr(network_measures, "measure_errors", ended_after(measure_errors, count, Ended))
+            measure(*options, f"out=stopped{count}")
+        assert measure(*options, f"out=stopped{count}") == whole
+    assert not list(Path().glob("*/*.partial"))
+
+
 def test_the_batch_size_changes_numbers_by_rounding_only(measure):
     """On some CPUs a kernel depends on the number of images that it is given."""
     records, samples = [], []
@@ -113,7 +131,7 @@ def test_parts_of_another_evaluation_are_deleted_with_overwrite_only(measure, mo
     assert measure("batch_size=3", "bits_images=7", "overwrite=true")["bits_per_dim"]["identity"]["num_images"] == 7
 
 
-@pytest.mark.parametrize("name", ["bits_per_dim", "heldout_loss", "encoder"])
+@pytest.mark.parametrize("name", ["bits_per_dim", "bits_optimal", "heldout_loss", "encoder"])
 def test_weights_that_are_not_finite_end_a_measure_in_one_line(finished_run, measure, capsys, name):
     config, weights = load_weights(finished_run / "model.safetensors")
     weights = {key: torch.full_like(weight, torch.nan) for key, weight in weights.items()}
