@@ -1,6 +1,6 @@
 """How fast training, sampling and the start are: against the loop of the tutorials, diffusers and the machine.
 
-    python prepare_data.py && python benchmark.py       # everything; about 45 minutes on two cores
+    python prepare_data.py && python benchmark.py       # everything; about 40 minutes on two cores
     python benchmark.py training sampling               # some of the sections; --help lists them
     python benchmark.py --seconds 0.5 --rounds 1        # a quick look
 

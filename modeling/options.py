@@ -48,7 +48,7 @@ class Sampling(Machine):
     weights: Literal["ema", "raw"]
     """The averaged weights, or the plain ones, which only a full checkpoint holds."""
     batch_size: PositiveInt | None
-    """Images at a time; results depend on it by rounding only. null: 64, on CUDA 512."""
+    """Images at a time; changes rounding only. null: 64, on CUDA 512; for losses 250, fewer of large images."""
     sampler: Literal["ancestral", "ddim", "dpm_solver"]
     """How images are drawn: Algorithm 2 of Ho et al. 2020, DDIM, or DPM-Solver++(2M)."""
     num_steps: PositiveInt | None
@@ -57,8 +57,8 @@ class Sampling(Machine):
     """ancestral: sigma^2 is beta (large) or the posterior's (small); null: small."""
     eta: Annotated[float, Field(ge=0, le=1)] | None
     """ddim: share of fresh noise, from none to that of ancestral; null: 0."""
-    spacing: Literal["trailing", "linspace", "quadratic", "log_snr"]
-    """Timestep i of n: T i/n (trailing), evenly from 1 to T (linspace), T (i/n)^2, or evenly in log-SNR."""
+    spacing: Literal["trailing", "linspace", "quadratic", "log_snr"] | None
+    """Timesteps: T i/n, even in 1..T, T (i/n)^2, even in log-SNR; null: trailing for ancestral, else quadratic."""
     clip_x0: bool
     """Clip the predicted x_0 to [-1, 1] at each step."""
     seed: Seed

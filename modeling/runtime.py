@@ -133,9 +133,9 @@ def warn_if_busy() -> None:
 def keep_freed_memory() -> bool:
     """Makes glibc keep freed memory instead of returning it to the kernel; returns whether that was possible.
 
-    Otherwise tensors above malloc's mmap threshold are mapped, page-faulted in and unmapped in every step, which more
-    than halves the speed of training on a CPU. The cost: the process holds its peak memory until it ends. Another
-    allocator in LD_PRELOAD would do the same, but the user would have to install it.
+    Otherwise tensors above malloc's mmap threshold are mapped, page-faulted in and unmapped in every step, which costs
+    up to a third of the speed of training on a CPU (docs/speed.md). The price: the process holds its peak memory until
+    it ends. Another allocator in LD_PRELOAD would do the same, but the user would have to install it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

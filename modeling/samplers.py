@@ -36,7 +36,8 @@ class Sampler:
             beta = 1 - abar_t / abar_s.
         eta: ddim only, in [0, 1]: 0 (the default) is deterministic, 1 is ancestral with the small variance. The noise
             that a larger eta adds lets later steps correct earlier errors, which an undertrained network needs.
-        spacing: of the timesteps, see `respaced_timesteps`.
+        spacing: of the timesteps, see `respaced_timesteps`: by default "trailing" for ancestral and "quadratic" for the
+            others, with which few steps brought the best images (docs/results.md).
 
     Raises:
         ValueError: for a value outside these, or one that the sampler does not have.
@@ -47,11 +48,13 @@ class Sampler:
     clip_x0: bool = True
     variance: str | None = None
     eta: float | None = None
-    spacing: str = "trailing"
+    spacing: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("sampler", self.name, SAMPLERS)
-        check_choice("spacing", self.spacing, SPACINGS)
+        spacing = self.spacing or ("trailing" if self.name == "ancestral" else "quadratic")
+        check_choice("spacing", spacing, SPACINGS)
+        object.__setattr__(self, "spacing", spacing)
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
         for key, owner, default in (("variance", "ancestral", "small"), ("eta", "ddim", 0.0)):
@@ -140,7 +143,7 @@ def _log_snr(abar: float) -> float:
 def timesteps_of(sampler: Sampler, model: DiffusionModel) -> list[int]:
     """The timesteps at which a sampler asks the model, descending from T; raises ValueError for more than it has."""
     abars = model.schedules_float64["alphas_cumprod"]
-    return respaced_timesteps(abars, sampler.num_steps or model.num_timesteps, sampler.spacing)
+    return respaced_timesteps(abars, sampler.num_steps or model.num_timesteps, sampler.spacing or "trailing")
 
 
 def follow(

@@ -1,9 +1,10 @@
 """The random numbers of a run are functions of (seed, purpose, step, index in the global batch).
 
-Only the first weights and dropout's masks come from torch's generator, which is seeded with such a function. A number
-is the hash of that address (SplitMix64's finaliser, Steele et al. 2014, on 64-bit integers), so no generator has a
-state to save. A run resumes from its step number alone, and neither the number of workers nor how a batch is split
-changes a single draw. The integers are the same on every device; normals agree to rounding.
+Timesteps in training depend on the batch's size, too, over which they are spread. Only the first weights and dropout's
+masks come from torch's generator, which is seeded with such a function. A number is the hash of that address
+(SplitMix64's finaliser, Steele et al. 2014, on 64-bit integers), so no generator has a state to save. A run resumes
+from its step number alone, and neither the number of workers nor how a batch is split changes a single draw. The
+integers are the same on every device; normals agree to rounding.
 """
 
 import functools

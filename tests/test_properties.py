@@ -106,7 +106,10 @@ def test_ddim_with_eta_1_is_ancestral_with_the_posterior_variance(model, clip_x0
     noise = lambda timestep: draw_normal(seed, Purpose.SAMPLE, timestep, torch.arange(3), (4,)).double()  # noqa: E731
     ddim, ancestral = (
         sample(model, 3, (4,), "cpu", sampler, noise=noise)
-        for sampler in (Sampler("ddim", num_steps, clip_x0, eta=1.0), Sampler("ancestral", num_steps, clip_x0, "small"))
+        for sampler in (
+            Sampler("ddim", num_steps, clip_x0, eta=1.0, spacing="trailing"),
+            Sampler("ancestral", num_steps, clip_x0, "small"),
+        )
     )
     torch.testing.assert_close(ddim, ancestral, rtol=1e-6, atol=1e-6 * ancestral.abs().max().item())
 

@@ -56,6 +56,11 @@ def test_samplers_that_draw_the_same_images_are_equal():
     assert Sampler("ddim") != Sampler("ddim", eta=1.0)
 
 
+def test_the_default_timesteps_are_those_that_suit_the_sampler():
+    defaults = {name: Sampler(name).spacing for name in SAMPLERS}
+    assert defaults == {"ancestral": "trailing", "ddim": "quadratic", "dpm_solver": "quadratic"}
+
+
 @pytest.mark.parametrize("clip_x0", [False, True])
 @pytest.mark.parametrize("variance", ["large", "small"])
 def test_ancestral_with_all_steps_is_algorithm_2(variance, clip_x0):
@@ -69,7 +74,9 @@ def test_ancestral_with_all_steps_is_algorithm_2(variance, clip_x0):
 @pytest.mark.parametrize("clip_x0", [False, True])
 def test_ddim_with_eta_1_is_ancestral_with_the_small_variance(clip_x0, num_steps):
     _, noise = noises()
-    found = sample(model(), 6, (3,), "cpu", Sampler("ddim", num_steps, clip_x0, eta=1.0), noise=noise)
+    found = sample(
+        model(), 6, (3,), "cpu", Sampler("ddim", num_steps, clip_x0, eta=1.0, spacing="trailing"), noise=noise
+    )
     expected = sample(model(), 6, (3,), "cpu", Sampler("ancestral", num_steps, clip_x0, "small"), noise=noise)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
@@ -115,7 +122,7 @@ def test_every_step_is_eq_12_written_out(eta, clip_x0):
             eps = (x - np.sqrt(abar[t]) * x_0) / np.sqrt(1 - abar[t])
         sigma = eta * np.sqrt((1 - abar[s]) / (1 - abar[t])) * np.sqrt(1 - abar[t] / abar[s])
         x = np.sqrt(abar[s]) * x_0 + np.sqrt(1 - abar[s] - sigma**2) * eps + sigma * table[t]
-    sampled = sample(model(), 6, (3,), "cpu", Sampler("ddim", 3, clip_x0, eta=eta), noise=noise)
+    sampled = sample(model(), 6, (3,), "cpu", Sampler("ddim", 3, clip_x0, eta=eta, spacing="trailing"), noise=noise)
     np.testing.assert_allclose(sampled.numpy(), x, atol=1e-5)
 
 
@@ -191,13 +198,13 @@ def scheduler_of_diffusers(sampler: Sampler, schedule: str, prediction: str):
 @pytest.mark.parametrize(
     "sampler",
     [
-        Sampler("ddim", 20, clip_x0=False),
-        Sampler("ddim", 20),
-        Sampler("ddim", 20, eta=0.7),
+        Sampler("ddim", 20, clip_x0=False, spacing="trailing"),
+        Sampler("ddim", 20, spacing="trailing"),
+        Sampler("ddim", 20, eta=0.7, spacing="trailing"),
         Sampler("ancestral", 20, variance="large"),
         Sampler("ancestral", 20, clip_x0=False),
         Sampler("ancestral", 20),
-        Sampler("dpm_solver", 20, clip_x0=False),
+        Sampler("dpm_solver", 20, clip_x0=False, spacing="trailing"),
     ],
     ids=str,
 )

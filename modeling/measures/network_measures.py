@@ -1,4 +1,4 @@
-"""Measures of what the network predicts on test images: the bound in bits per dimension and the held-out loss."""
+"""Measures of what the network predicts: bounds in bits per dimension, the loss on held-out or training images."""
 
 import math
 from dataclasses import asdict

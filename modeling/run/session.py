@@ -50,7 +50,7 @@ def _identify(config: Config, last_step: int, manifest: Manifest) -> tuple[Ident
     """The run's identity, the checkpoint that `runtime.resume` names, if it names one, and what differs in that.
 
     Raises:
-        UserError: for a file that is no checkpoint, one of another architecture, data set or seed, or a later step.
+        UserError: for a file that is no checkpoint, one that does not share MUST_MATCH, or of a later step.
     """
     identity = identify(config, last_step, data_sha256(manifest), code_sha256())
     resume = config.runtime.resume

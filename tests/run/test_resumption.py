@@ -80,7 +80,9 @@ def forget(key: str, content: dict) -> None:
     if section == "state":
         content["state"][name] = getattr(TrainState(), name)
     elif section == "optimizer":
-        for moments in content["optimizer"]["state"].values():
+        with_it = [moments for moments in content["optimizer"]["state"].values() if name in moments]
+        assert with_it, f"no parameter has {name}"
+        for moments in with_it:
             moments[name].zero_()
     else:
         generator = torch.Generator().manual_seed(1)
@@ -88,7 +90,7 @@ def forget(key: str, content: dict) -> None:
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=1e-3)
 
 
-STATE = ["model", "ema", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.step"]
+STATE = ["model", "ema", *(f"optimizer.{name}" for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "step"))]
 STATE += [f"state.{name}" for name in dataclasses.asdict(TrainState()) if name != "seconds"]  # of the machine
 BAD_STEPS = {"state.num_skipped": {4}, "state.num_skipped_in_row": {5, 6, 7}, "state.loss_scale": {4}}
 
