@@ -1,6 +1,7 @@
 """How processes that work together end together: each gives its word, and one that is dead or hangs is named."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,6 +13,7 @@ from modeling.system.errors import Failed, UserError
 from modeling.system.signals import STOPPING, Stopped, uninterrupted
 
 WAIT_SECONDS, NUM_WAITS = 1, 45  # for a step of the others; many short waits: one is over at once after a suspension
+NUM_SILENT_WAITS = 450  # without a sign of life of one; long, since a library may keep Python's threads from running
 SAY_SECONDS = 2  # in which those that are alive have said so, once one has failed
 # A process's word at an agreement; another one is 1 + the exit code that it ends with.
 GOING_ON, PAUSING = 0, -1
@@ -35,6 +37,7 @@ class Agreement:
         self._will_pause = False  # this process's word at the next one
         self._is_over = False  # one has said that it ends
         self._is_lost = False  # one has not answered
+        self._silent: list[int] = []  # which gave no sign of life for long
 
     def expect_pause(self) -> None:
         """Before the next agreement one process may take longer than a step: it writes, or computes a batch.
@@ -52,6 +55,24 @@ class Agreement:
         if self.store is not None:
             with contextlib.suppress(RuntimeError):  # the store has ended: nobody waits
                 self.store.add(_HOLDING, 1)
+
+    @contextlib.contextmanager
+    def showing_life(self) -> Iterator[None]:
+        """Inside, a thread gives signs of life, without which the others would wait for ever in a pause."""
+        over = threading.Event()
+
+        def show() -> None:
+            with contextlib.suppress(RuntimeError):  # the store has ended
+                while self.store is not None and not over.wait(WAIT_SECONDS):
+                    self.store.add(_life(self.rank), 1)
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(SAY_SECONDS)
 
     def agree(self) -> None:
         """Waits until all processes have come here or end.
@@ -121,6 +142,7 @@ class Agreement:
         """
         assert self.store is not None
         theirs, num_waits = [torch.empty_like(ours) for _ in range(self.count)], 0
+        signs, silences = [-1] * self.count, [0] * self.count
         try:
             work = distributed.all_gather(theirs, ours, async_op=True)
             while True:
@@ -133,8 +155,18 @@ class Agreement:
                         raise
                     if num_waits >= NUM_WAITS and not self._may_pause and not self.store.add(_HOLDING, 0):
                         raise
+                    before, signs = signs, self._signs_of_life()
+                    silences = [0 if old != new else n + 1 for old, new, n in zip(before, signs, silences, strict=True)]
+                    self._silent = [rank for rank, number in enumerate(silences) if number >= NUM_SILENT_WAITS]
+                    if self._silent:
+                        raise
         except RuntimeError as error:
             raise self._loss() from error
+
+    def _signs_of_life(self) -> list[int]:
+        """How many each process has given."""
+        assert self.store is not None
+        return [self.store.add(_life(rank), 0) for rank in range(self.count)]
 
     def _loss(self) -> UserError | Failed:
         """What ends this process when another one is dead or hangs; the first of the living says which."""
@@ -147,8 +179,13 @@ class Agreement:
         except RuntimeError:  # without a launcher process 0 keeps the counts
             counts = [-1] + [1] * (self.count - 1)
         # Those that have not come to this agreement; else those that came, but do not say that they live.
-        missing = [rank for rank in range(self.count) if counts[rank] == min(counts) < 1]
+        missing = self._silent or [rank for rank in range(self.count) if counts[rank] == min(counts) < 1]
         if self.rank != min(set(range(self.count)) - set(missing)):
             return Failed("", 1)
         who = f"process {', '.join(map(str, missing))}" if missing else "one"
         return UserError(f"{who} of {self.count} is dead or does not answer: the same command resumes what is saved")
+
+
+def _life(rank: int) -> str:
+    """The key under which a process gives signs of life."""
+    return f"signs of life of {rank}"

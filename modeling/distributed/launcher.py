@@ -76,7 +76,7 @@ def joined(
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         processes = Processes(rank, count, store)
-        with processes.ending_together():
+        with processes.showing_life(), processes.ending_together():
             if mistake is not None:
                 raise mistake
             yield processes

@@ -1,5 +1,6 @@
 """Work that two real processes share, forked from this one: who computes what, who writes it, and how an error ends."""
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -118,3 +119,23 @@ def test_a_process_may_take_longer_than_a_step_if_it_has_said_so(in_two_processe
 
     found = in_two_processes(work)
     assert found == ["done", "done"] if how else UserError in found and "done" not in found
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_in_a_pause_a_process_must_give_signs_of_life(in_two_processes, monkeypatch, is_alive):
+    monkeypatch.setattr(agreement, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(agreement, "NUM_WAITS", 3)
+    monkeypatch.setattr(agreement, "NUM_SILENT_WAITS", 10)
+    monkeypatch.setattr(agreement, "SAY_SECONDS", 1)
+
+    def work(processes: Processes) -> str:
+        with processes.showing_life() if processes.rank == 0 or is_alive else contextlib.nullcontext():
+            processes.agree()
+            processes.expect_pause()
+            if processes.rank:
+                time.sleep(3)
+            processes.agree()
+        return "done"
+
+    found = in_two_processes(work)
+    assert found == ["done", "done"] if is_alive else found[0] is UserError and found[1] in (UserError, Failed)

@@ -28,7 +28,7 @@ def saved_step(folder: Path) -> int:
 def test_each_way_to_end_has_its_exit_code_and_the_same_command_resumes(
     tmp_path, tiny_data, whole, record_property, name, code
 ):
-    folder, limit = tmp_path / "run", ["runtime.max_seconds=8"] if code == 0 else []
+    folder, limit = tmp_path / "run", ["runtime.max_seconds=20"] if code == 0 else []
     options = [*TWO, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}"]
     with start_script("main.py", *options, *limit, start_new_session=True) as process:
         wait_for_checkpoint(folder, process)

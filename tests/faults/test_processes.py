@@ -35,7 +35,7 @@ runpy.run_path("main.py", run_name="__main__")
 IMPATIENT = """
 import runpy
 from modeling.distributed import agreement
-agreement.NUM_WAITS = 3
+agreement.NUM_WAITS = agreement.NUM_SILENT_WAITS = 3
 runpy.run_path("main.py", run_name="__main__")
 """
 
@@ -125,7 +125,7 @@ def test_a_process_that_hangs_is_named(tmp_path, tiny_data, record_property):
         process.communicate()
     assert seconds < 15
     assert process.returncode == 1
-    record_property("outcome", f"process 1 stopped (SIGSTOP): named after {seconds:.1f} s with a limit of 3 s")
+    record_property("outcome", f"process 1 stopped (SIGSTOP): named after {seconds:.1f} s with limits of 3 s")
 
 
 def test_a_full_disk_under_process_0_ends_all_with_one_message(tmp_path, tiny_data, record_property):
