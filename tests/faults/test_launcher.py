@@ -1,5 +1,6 @@
 """Runs whose processes main.py starts itself: it ends with the exit code of a single process, and they with it."""
 
+import contextlib
 import os
 import signal
 import time
@@ -28,11 +29,13 @@ def saved_step(folder: Path) -> int:
 def test_each_way_to_end_has_its_exit_code_and_the_same_command_resumes(
     tmp_path, tiny_data, whole, record_property, name, code
 ):
-    folder, limit = tmp_path / "run", ["runtime.max_seconds=20"] if code == 0 else []
+    folder, limit = tmp_path / "run", ["runtime.max_seconds=8"] if code == 0 else []
     options = [*TWO, f"dataset.root={tiny_data}", f"runtime.output_dir={folder}"]
     with start_script("main.py", *options, *limit, start_new_session=True) as process:
         wait_for_checkpoint(folder, process)
-        others = psutil.Process(process.pid).children(recursive=True)
+        others = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # on a busy machine the time limit is over before the first one
+            others = psutil.Process(process.pid).children(recursive=True)
         match name:
             case "SIGINT":
                 os.killpg(process.pid, signal.SIGINT)  # Ctrl-C, for every process of the terminal
